@@ -1,0 +1,48 @@
+"""Equinox: a module is a pytree, and so are its bound methods; `eqx.nn.State` is an input and an output."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from crossvjp import Predicate, predicate, unknown_choice
+from crossvjp.adapters.pytree import ValueBoundary
+
+
+class EquinoxAdapter:
+    """Opens Equinox modules. "params" is every floating array: Equinox marks no others."""
+
+    name = "Equinox"
+    by_reference = False
+
+    def matches(self, mdl: Any) -> bool:
+        return isinstance(mdl, eqx.Module)
+
+    def initializing(self, mdl: Any) -> bool:
+        return False
+
+    def lift(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> Any:
+        return body(ValueBoundary(mdl, _wanted(mdl, grad_vars), grad_vars))[0]
+
+
+def _wanted(mdl: Any, grad_vars: Any) -> Predicate:
+    """Reads `grad_vars` as a filter spec where it is one: a tree of booleans and functions of leaves."""
+    if not isinstance(grad_vars, str | bool | list | tuple | set | frozenset) and not inspect.isroutine(grad_vars):
+        is_spec = isinstance(grad_vars, eqx.Module) or isinstance(grad_vars, dict)
+        if is_spec:
+            chosen = {id(leaf) for leaf in jax.tree.leaves(eqx.filter(mdl, grad_vars))}
+            return lambda path, leaf: id(leaf) in chosen
+
+    def named(word: Any) -> Predicate:
+        if word == "params":
+            return lambda path, leaf: True
+        raise unknown_choice(word, "'params', a filter spec")
+
+    return predicate(grad_vars, named)
+
+
+ADAPTER = EquinoxAdapter()

@@ -1,0 +1,51 @@
+"""Plain parameters: any pytree of arrays is a handle."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from crossvjp import Partition, Predicate, predicate, unknown_choice
+
+
+class ValueBoundary:
+    """The boundary of a handle that is a value: nothing is written, and nothing can go stale."""
+
+    def __init__(self, mdl: Any, wanted: Predicate, grad_vars: Any):
+        self._partition = Partition(mdl, wanted, grad_vars)
+        self.variables, self.context = self._partition.variables, self._partition.context
+
+    def call(self, fn: Callable[..., Any], variables: Any, context: Any, *args: Any, **kwargs: Any) -> tuple[Any, None]:
+        return fn(self._partition.combine(variables, context), *args, **kwargs), None
+
+    def closed(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+class PytreeAdapter:
+    """Opens plain pytrees. "params" is every floating array, or the key "params" of a mapping that has one."""
+
+    name = "plain JAX"
+    by_reference = False
+
+    def matches(self, mdl: Any) -> bool:
+        return False  # the last resort: the registry falls back on it for any tree with arrays
+
+    def initializing(self, mdl: Any) -> bool:
+        return False
+
+    def lift(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> Any:
+        keys = set(map(str, mdl)) if isinstance(mdl, Mapping) else set()
+
+        def named(word: Any) -> Predicate:
+            if word == "params" and "params" not in keys:
+                return lambda path, leaf: True
+            if isinstance(word, str) and word in keys:
+                return lambda path, leaf: path[:1] == (word,)
+            raise unknown_choice(word, f"'params', one of the keys {sorted(keys)}" if keys else "'params'")
+
+        return body(ValueBoundary(mdl, predicate(grad_vars, named), grad_vars))[0]
+
+
+ADAPTER = PytreeAdapter()

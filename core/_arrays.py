@@ -1,0 +1,100 @@
+"""Which leaves are arrays, which of them are differentiable, and trees that mix both with other things."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_array(leaf: Any) -> bool:
+    """Says whether a leaf is traced by JAX. Python scalars are not: they pass through as they are."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Says whether a leaf has a gradient: a floating or complex array, NumPy's bfloat16 among them."""
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayType:
+    """Shape and dtype of an array, in the words that errors use."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @staticmethod
+    def of(leaf: Any) -> ArrayType:
+        """Reads the type off an array, a tracer or a symbolic zero."""
+        return ArrayType(tuple(leaf.shape), leaf.dtype)
+
+    def __str__(self) -> str:
+        return f"{np.dtype(self.dtype).name if not self._is_extended else self.dtype}{list(self.shape)}"
+
+    @property
+    def _is_extended(self) -> bool:
+        return jnp.issubdtype(self.dtype, jax.dtypes.extended)
+
+    @property
+    def is_inexact(self) -> bool:
+        """Says whether an array of this type has a gradient."""
+        return bool(jnp.issubdtype(self.dtype, jnp.inexact))
+
+
+class Static:
+    """A leaf that is no array, comparable so that it can stand in a treedef.
+
+    Equality falls back on identity where `==` does not give a plain truth value.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Static):
+            return NotImplemented
+        if self.value is other.value:
+            return True
+        try:
+            return type(self.value) is type(other.value) and bool(self.value == other.value)
+        except Exception:  # any class may define `==` as it likes; identity is what is left
+            return False
+
+    def __hash__(self) -> int:
+        return hash(type(self.value))
+
+    def __repr__(self) -> str:
+        return f"Static({self.value!r})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The static half of a tree: its treedef, what its other leaves are, and where its arrays go."""
+
+    treedef: Any
+    statics: tuple[Static | None, ...]  # `None` where an array stands
+
+    def fill(self, arrays: Any) -> Any:
+        """Rebuilds the tree around `arrays`, given in the order of flattening."""
+        rest = iter(arrays)
+        leaves = [next(rest) if static is None else static.value for static in self.statics]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def fill_arrays_only(self, arrays: Any) -> Any:
+        """Rebuilds the tree with `None` for every leaf that is no array, as cotangents have it."""
+        rest = iter(arrays)
+        leaves = [next(rest) if static is None else None for static in self.statics]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def take_apart(tree: Any) -> tuple[list[Any], Layout]:
+    """Splits a tree into its arrays and everything else; `Layout.fill` is the inverse."""
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    return arrays, Layout(treedef, tuple(None if is_array(leaf) else Static(leaf) for leaf in leaves))

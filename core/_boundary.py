@@ -1,0 +1,79 @@
+"""The one protocol between the core and a framework: a boundary around a module call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+from jaxtyping import PyTree
+
+Body: TypeAlias = Callable[["Boundary"], tuple[Any, PyTree]]
+
+
+class Boundary(Protocol):
+    """What the core sees of an opened module handle: its arrays, and a pure way to call functions of it."""
+
+    variables: PyTree
+    """The arrays that `grad_vars` chose, in the framework's own containers; every leaf differentiable."""
+
+    context: PyTree
+    """Every other array that a call may read: other collections, state, RNG keys and counters."""
+
+    def call(
+        self, fn: Callable[..., Any], variables: PyTree, context: PyTree, *args: Any, **kwargs: Any
+    ) -> tuple[Any, PyTree]:
+        """Runs `fn(mdl, *args, **kwargs)` on a module that holds the given arrays.
+
+        It is pure: it may run late, repeatedly, and after the framework's own frame is gone, and
+        starts from the same names, counters and keys each time. When it returns, the module that
+        `fn` got is spent: using it later is an error.
+
+        Returns:
+            What `fn` returned, and the updates: a pytree of the values that the call wrote into
+            the framework's state, without those that it left as they were.
+        """
+        ...
+
+    def closed(self) -> contextlib.AbstractContextManager[None]:
+        """A context for the backward pass, in which using a handle of this boundary is a `HandleError`."""
+        ...
+
+
+class Adapter(Protocol):
+    """Translates one framework's module handles into boundaries. Adapters have no state of their own."""
+
+    name: str
+    """What errors call the framework."""
+
+    by_reference: bool
+    """Whether a handle is a reference to state that lives elsewhere.
+
+    Such handles are opened with the module also where they stand among a call's arguments. Where a
+    handle is a value, an argument that is one is an input like any other pytree.
+    """
+
+    def matches(self, mdl: Any) -> bool:
+        """Says whether `mdl` is a handle of this framework.
+
+        The answer may depend on the type of `mdl` alone, and is kept for the type; functions are asked each time.
+        """
+        ...
+
+    def initializing(self, mdl: Any) -> bool:
+        """Says whether the framework is creating its variables now, when `fn` has to run as it is."""
+        ...
+
+    def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
+        """Opens a boundary around `mdl`, runs `body(boundary) -> (out, updates)`, publishes the updates, returns `out`.
+
+        Args:
+            mdl: a handle, or a tuple, list or dict of handles.
+            grad_vars: which variables the boundary gives as `variables`.
+            body: gets the boundary. Its updates are those that `Boundary.call` returned.
+
+        Raises:
+            HandleError: the handle can't be opened here.
+            ArgumentError: `grad_vars` means nothing to the framework, or selects nothing.
+        """
+        ...

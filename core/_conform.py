@@ -1,0 +1,184 @@
+"""Cotangents as users write them, checked against the arrays that they belong to: forgiving in form, strict in meaning."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from ._arrays import ArrayType, Layout, is_array
+from ._cotangents import Cotangents, Order
+from ._errors import CotangentError
+from ._paths import Path, leaves_with_paths, show
+
+
+class Expected:
+    """One argument of a call as its cotangent must look: the same tree, with a type for each array.
+
+    Args:
+        name: what errors call it, such as "`variables`" or "input 0".
+        layout: where the arrays stand in the tree.
+        types: their types, in the order of flattening.
+    """
+
+    def __init__(self, name: str, layout: Layout, types: Sequence[ArrayType]):
+        self.name = name
+        self.types = list(types)
+        self.tree = layout.fill_arrays_only(self.types)
+
+    def conform(self, given: Any, author: str) -> list[Any]:
+        """Lists the cotangent of each array, `None` for zero, each in its primal's dtype.
+
+        Raises:
+            CotangentError: a leaf is missing, too many, of another shape, or of a dtype that can't be cast.
+        """
+        if given is None:
+            return [None] * len(self.types)
+        expected = leaves_with_paths(self.tree)
+        is_leaf = lambda leaf: leaf is None  # noqa: E731  a named function would say no more
+        same = jax.tree.structure(given, is_leaf=is_leaf) == jax.tree.structure(self.tree, is_leaf=is_leaf)
+        leaves = jax.tree.leaves(given, is_leaf=is_leaf) if same else self._by_path(expected, given, author)
+        return [
+            self._leaf(path, type_, leaf, author)
+            for (path, type_), leaf in zip(expected, leaves, strict=True)
+            if type_ is not None
+        ]
+
+    def _by_path(self, expected: list[tuple[Path, Any]], given: Any, author: str) -> list[Any]:
+        """Finds the leaves by their paths, so that a dict does for a FrozenDict and a State for a Module."""
+        at = {_unboxed(path): index for index, (path, _) in enumerate(expected)}
+        found: dict[int, Any] = {}
+        for path, leaf in leaves_with_paths(given):
+            path = _unboxed(path)
+            if path in at:
+                found[at[path]] = leaf
+            elif leaf is None:
+                found |= {index: None for other, index in at.items() if other[: len(path)] == path}
+            else:
+                raise CotangentError(
+                    f"{author}'s cotangent of {self.name} has a leaf at {show(path)} where {self.name} has none. "
+                    f"Its leaves are at {_listed(expected)}."
+                )
+        missing = [path for index, (path, type_) in enumerate(expected) if type_ is not None and index not in found]
+        if missing:
+            raise CotangentError(
+                f"{author}'s cotangent of {self.name} has no leaf at {show(missing[0])}. "
+                f"Expected leaves at {_listed(expected)}; None stands for a zero cotangent."
+            )
+        return [found.get(index) for index in range(len(expected))]
+
+    def _leaf(self, path: Path, type_: ArrayType, leaf: Any, author: str) -> Any:
+        if leaf is None or isinstance(leaf, SymbolicZero) or not type_.is_inexact:
+            return None
+        if isinstance(leaf, numbers.Number):
+            leaf = jnp.asarray(leaf)
+        if not is_array(leaf):
+            raise CotangentError(
+                f"{author}'s cotangent of {self.name} must be {type_} at {show(path)}, "
+                f"but is of type {type(leaf).__name__}."
+            )
+        came = ArrayType.of(leaf)
+        if came.dtype == jax.dtypes.float0:
+            return None
+        loses = jnp.issubdtype(came.dtype, jnp.complexfloating) and not jnp.issubdtype(
+            type_.dtype, jnp.complexfloating
+        )
+        if came.shape != type_.shape or loses:
+            hint = "; take its real part" if loses and came.shape == type_.shape else ""
+            raise CotangentError(
+                f"{author}'s cotangent of {self.name} must be {type_} at {show(path)}, but is {came}{hint}."
+            )
+        return leaf if came.dtype == type_.dtype else jnp.asarray(leaf).astype(type_.dtype)
+
+
+class Signature:
+    """All cotangents of one call: those of its inputs, of its keyword inputs, and of the variables."""
+
+    def __init__(self, inputs: Sequence[Expected], keywords: dict[str, Expected], variables: Expected):
+        self.inputs = list(inputs)
+        self.keywords = keywords
+        self.variables = variables
+
+    def conform(self, result: Any, order: Order, author: str) -> tuple[list[list[Any]], dict[str, list[Any]], list[Any]]:
+        """Reads what a backward rule returned; gives flat cotangents of inputs, keywords and variables.
+
+        Raises:
+            CotangentError: not one cotangent for each input and one for the variables, in this order.
+        """
+        named = isinstance(result, Cotangents)
+        if named:
+            inputs, variables, keywords = result.inputs, result.variables, result.keywords
+        else:
+            inputs, variables = self._split(result, order, author)
+            keywords = {}
+        self._check_count(len(inputs), author)
+        try:
+            return self._conform(inputs, keywords, variables, author)
+        except CotangentError as error:
+            if not named and self._fits_reversed(result, order, author):
+                raise self._wrong_order(order, author) from error
+            raise
+
+    def _conform(
+        self, inputs: Sequence[Any], keywords: Any, variables: Any, author: str
+    ) -> tuple[list[list[Any]], dict[str, list[Any]], list[Any]]:
+        unknown = sorted(set(keywords) - set(self.keywords))
+        if unknown:
+            raise CotangentError(
+                f"{author} returned a cotangent for the keyword input {unknown[0]!r}, but the call's keyword inputs "
+                f"are {sorted(self.keywords)}."
+            )
+        flat = [expected.conform(bar, author) for expected, bar in zip(self.inputs, inputs, strict=True)]
+        by_keyword = {name: self.keywords[name].conform(bar, author) for name, bar in keywords.items()}
+        return flat, by_keyword, self.variables.conform(variables, author)
+
+    def _split(self, result: Any, order: Order, author: str) -> tuple[Sequence[Any], Any]:
+        if not isinstance(result, tuple | list):
+            raise CotangentError(
+                f"{author} must return a Cotangents or the tuple {self._documented(order)}, "
+                f"but returned {type(result).__name__}."
+            )
+        self._check_count(len(result) - 1, author)
+        return (result[:-1], result[-1]) if order == "inputs_first" else (result[1:], result[0])
+
+    def _check_count(self, inputs: int, author: str) -> None:
+        if inputs != len(self.inputs):
+            raise CotangentError(
+                f"{author} must return one cotangent for each of the {len(self.inputs)} differentiable inputs and one "
+                f"for the variables, {self._documented('inputs_first')}, but returned {inputs} and one."
+            )
+
+    def _fits_reversed(self, result: Any, order: Order, author: str) -> bool:
+        inputs, variables = (result[1:], result[0]) if order == "inputs_first" else (result[:-1], result[-1])
+        try:
+            self._conform(inputs, {}, variables, author)
+        except CotangentError:
+            return False
+        return True
+
+    def _wrong_order(self, order: Order, author: str) -> CotangentError:
+        other: Order = "variables_first" if order == "inputs_first" else "inputs_first"
+        return CotangentError(
+            f"{author} returned its cotangents in the order {self._documented(other)}; expected "
+            f"{self._documented(order)}. Turn them round, return a Cotangents, or pass order={other!r}"
+            + (", the order of today's flax.linen.custom_vjp." if other == "variables_first" else ".")
+        )
+
+    def _documented(self, order: Order) -> str:
+        bars = [f"input{index}_bar" for index in range(len(self.inputs))]
+        ordered = [*bars, "variables_bar"] if order == "inputs_first" else ["variables_bar", *bars]
+        return f"({', '.join(ordered)}{',' if len(ordered) == 1 else ''})"
+
+
+def _unboxed(path: Path) -> Path:
+    """Drops the key of a box around an array, such as an NNX Variable's or a Linen Partitioned's `value`."""
+    return path[:-1] if path and path[-1] == "value" else path
+
+
+def _listed(expected: list[tuple[Path, Any]]) -> str:
+    paths = [show(path) for path, type_ in expected if type_ is not None]
+    return ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "") or "none at all"

@@ -1,0 +1,158 @@
+"""`custom_vjp`: the documented contract of `flax.linen.custom_vjp`, for every framework."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from ._arrays import Layout, take_apart
+from ._cotangents import Order, check_order
+from ._errors import ArgumentError, HandleError
+from ._registry import belongs_to
+from ._session import Outcome, Session
+from ._transform import transformed_call
+
+
+def custom_vjp(
+    fn: Callable[..., Any],
+    forward_fn: Callable[..., tuple[Any, Any]],
+    backward_fn: Callable[..., Any],
+    grad_vars: Any = "params",
+    nondiff_argnums: Sequence[int] | int = (),
+    *,
+    order: Order = "inputs_first",
+) -> Callable[..., Any]:
+    """Gives a function of a module a backward pass of its own, in any framework.
+
+    `fn(mdl, *args, **kwargs)` alone runs when no gradient is asked for. Otherwise `forward_fn` runs
+    in its place, and `backward_fn` turns the cotangent of the output into those of the inputs and
+    the variables. Variables that `grad_vars` leaves out, and values that the call writes into the
+    framework's state, keep the module's own derivative.
+
+    Args:
+        fn: the function to give a custom backward pass; its first argument is the module handle.
+        forward_fn: takes the same arguments and returns `(y, residuals)`, with the `y` of `fn`.
+            The residuals are any pytree, the function that `vjp` returns among it. The module
+            itself can't be kept; `crossvjp.variables(mdl)` takes a snapshot of its variables.
+        backward_fn: called as `backward_fn(*nondiff_args, residuals, y_bar)`; returns a
+            `Cotangents` or the tuple `(*inputs_bar, variables_bar)`. `None` stands for zero,
+            whole or in part. If it has a parameter `updates_bar`, it also gets the cotangents of
+            the values that the call wrote into the framework's state, and answers for them.
+        grad_vars: the variables whose cotangent `backward_fn` returns: "params" for the trainable
+            parameters, a collection of the framework or a list of collections, `True` for every
+            differentiable array, a framework's own filter, a path glob or compiled regex, or a
+            predicate `(path, leaf) -> bool`.
+        nondiff_argnums: positions in `fn(mdl, *args)` of arguments for which no vjp is computed;
+            the first argument after the module has position 1. They may be arrays; their
+            gradient is zero.
+        order: `"variables_first"` for a `backward_fn` that returns `(variables_bar, *inputs_bar)`,
+            as today's `flax.linen.custom_vjp` has it.
+
+    Returns:
+        A function with the signature of `fn`.
+
+    Raises:
+        HandleError: when called with a module handle that can't be opened.
+        ArgumentError: an argument does not fit `fn`, or `forward_fn` does not return a pair.
+        CotangentError: `backward_fn` returns cotangents of another order, structure or shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> f = lambda w, x: jnp.sum(w * x)
+        >>> def bwd(pullback, y_bar):
+        ...     x_bar, w_bar = pullback(y_bar)
+        ...     return x_bar, jnp.sign(w_bar)
+        >>> g = custom_vjp(f, lambda w, x: vjp(f, w, x), bwd)
+        >>> jax.grad(g)(jnp.ones(2), jnp.array([3.0, -4.0])).tolist()
+        [1.0, -1.0]
+
+    Reference:
+        Flax documentation, `flax.linen.custom_vjp`; see the README for the order of cotangents.
+    """
+    check_order(order)
+    for name, function in (("fn", fn), ("forward_fn", forward_fn), ("backward_fn", backward_fn)):
+        if not callable(function):
+            raise ArgumentError(f"`{name}` must be a function, but is {function!r}.")
+
+    behaviour = _ByFunctions(forward_fn, backward_fn, order)
+
+    @functools.wraps(fn)
+    def wrapped(mdl: Any, *args: Any, **kwargs: Any) -> Any:
+        return transformed_call(fn, behaviour, grad_vars, nondiff_argnums, mdl, args, kwargs)
+
+    return wrapped
+
+
+class _ByFunctions:
+    """A rule written as `forward_fn` and `backward_fn`."""
+
+    arrays: Sequence[Any] = ()
+
+    def __init__(self, forward_fn: Callable[..., Any], backward_fn: Callable[..., Any], order: Order):
+        self._forward_fn = forward_fn
+        self._backward_fn = backward_fn
+        self._order: Order = order
+        self.author = getattr(backward_fn, "__name__", repr(backward_fn))
+        self.asks_updates = _has_parameter(backward_fn, "updates_bar")
+
+    def forward(
+        self, session: Session, own: Sequence[Any], variables: Sequence[Any], context: Sequence[Any], arrays: Sequence[Any]
+    ) -> tuple[Outcome, Any]:
+        adapter = session.adapter
+
+        def unpack(result: Any) -> tuple[list[Any], Layout, Any]:
+            if not isinstance(result, tuple | list) or len(result) != 2:
+                came = f"a {type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else repr(result)
+                raise ArgumentError(
+                    "`forward_fn` must return a pair (y, residuals), with the output of `fn` first, "
+                    f"but returned {came if len(came) < 200 else type(result).__name__}."
+                )
+            y, residuals = result
+            kept, kept_layout = take_apart(residuals)
+            if any(static and belongs_to(adapter, static.value) for static in kept_layout.statics):
+                raise HandleError(
+                    f"`forward_fn` returned a {adapter.name} module among its residuals, but a module's variables are "
+                    "gone in the backward pass. Return a snapshot of them, `crossvjp.variables(mdl)`."
+                )
+            return *take_apart(y), (kept, kept_layout)
+
+        outcome = session.run(self._forward_fn, variables, context, arrays, unpack)
+        kept, kept_layout = outcome.extra
+        nondiff = [arrays[index] for part in session.inputs.without_gradient for index in part.indices]
+        return outcome, _Residuals(kept, nondiff, kept_layout)
+
+    def backward(self, session: Session, residuals: Any, y_bar: Any, updates_bar: Any) -> tuple[Any, ...]:
+        rest = iter(residuals.nondiff)
+        nondiff = [part.layout.fill([next(rest) for _ in part.indices]) for part in session.inputs.without_gradient]
+        asked = {"updates_bar": updates_bar} if self.asks_updates else {}
+        result = self._backward_fn(*nondiff, residuals.layout.fill(residuals.arrays), y_bar, **asked)
+        return session.signature.expected().conform(result, self._order, f"{self.author!r}")
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class _Residuals:
+    """What `forward_fn` kept, and the arguments of `nondiff_argnums`, which `backward_fn` gets first."""
+
+    arrays: list[Any]
+    nondiff: list[Any]
+    layout: Layout
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return (self.arrays, self.nondiff), self.layout
+
+    @classmethod
+    def tree_unflatten(cls, layout: Layout, children: Any) -> _Residuals:
+        return cls(*children, layout)
+
+
+def _has_parameter(function: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # builtins without a signature
+        return False

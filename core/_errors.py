@@ -1,0 +1,23 @@
+"""The errors of the library: one base, three kinds."""
+
+from __future__ import annotations
+
+
+class CrossVJPError(Exception):
+    """Base class of every error that crossvjp itself raises."""
+
+
+class HandleError(CrossVJPError, TypeError):
+    """A module handle can't be opened: unknown, unbound, mixed, or used where its scope is gone."""
+
+
+class ArgumentError(CrossVJPError, TypeError, ValueError):
+    """An argument of a public function does not mean anything here.
+
+    It is a `TypeError` and a `ValueError`, because JAX raises the one and Flax the other for the
+    same mistakes, and code that moves over catches what it caught before.
+    """
+
+
+class CotangentError(CrossVJPError, ValueError):
+    """A cotangent has the wrong order, structure, shape or dtype."""

@@ -1,0 +1,161 @@
+"""The arguments of a wrapped call: which are arrays, which are modules, which carry no gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from ._arrays import ArrayType, Layout, Static, is_array
+from ._boundary import Adapter
+from ._conform import Expected
+from ._errors import ArgumentError
+from ._registry import adapter_of, held_modules
+
+
+class Handle:
+    """A module handle as the user gave it, and the handle that its adapter opens.
+
+    They differ where a bound method is given, whose module is opened, and where arguments of the
+    call are themselves modules of a framework whose handles are references.
+    """
+
+    def __init__(self, mdl: Any, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self._method = mdl.__func__ if isinstance(mdl, types.MethodType) else None
+        module = mdl.__self__ if isinstance(mdl, types.MethodType) else mdl
+        self.adapter: Adapter = adapter_of(module)
+        self.held = held_modules(self.adapter, (args, kwargs)) if self.adapter.by_reference else []
+        self.opened = (module, self.held) if self.held else module
+
+    def split(self, inner: Any) -> tuple[Any, Sequence[Any]]:
+        """Takes the module that the adapter rebuilt apart: the user's handle, and the modules among the arguments."""
+        module, held = inner if self.held else (inner, ())
+        return (module if self._method is None else types.MethodType(self._method, module)), held
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One argument of a call: its static half, the types of its arrays, and where they stand among all."""
+
+    name: str
+    layout: Layout
+    types: tuple[ArrayType, ...]
+    indices: range
+
+    def expected(self) -> Expected:
+        """Says how the argument's cotangent must look."""
+        return Expected(self.name, self.layout, self.types)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """Stands in a layout for a module that is opened with the handle."""
+
+    index: int
+
+
+class Inputs:
+    """The arguments of one call, flattened once. It keeps no array, so that late runs can't reach stale ones.
+
+    Args:
+        fn: whose signature resolves keyword arguments to positions.
+        args: the positional arguments behind the module.
+        kwargs: the keyword arguments.
+        nondiff_argnums: positions in `fn(mdl, *args)` that carry no gradient; 0 would be the module.
+        held: the modules among the leaves, which are opened with the handle.
+
+    Raises:
+        ArgumentError: `nondiff_argnums` names the module or no argument.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        nondiff_argnums: Sequence[int] | int,
+        held: Sequence[Any],
+    ):
+        args, kwargs = resolve(fn, args, kwargs)
+        self.nondiff = check_nondiff(nondiff_argnums, len(args), fn)
+        self.arrays: list[Any] = []
+        placeholders = {id(module): _Held(index) for index, module in enumerate(held)}
+        self._by_position = [self._add(f"input {index}", arg, placeholders) for index, arg in enumerate(args)]
+        self._by_keyword = {name: self._add(f"input {name!r}", arg, placeholders) for name, arg in kwargs.items()}
+
+    def take_arrays(self) -> list[Any]:
+        """Hands the arrays over; from now on they come from outside."""
+        arrays, self.arrays = self.arrays, []
+        return arrays
+
+    def rebuild(self, arrays: Sequence[Any], held: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Gives the arguments back, around other arrays and other modules."""
+        args = tuple(_fill(part, arrays, held) for part in self._by_position)
+        return args, {name: _fill(part, arrays, held) for name, part in self._by_keyword.items()}
+
+    @property
+    def differentiable(self) -> list[Input]:
+        """The positional inputs that the rule gives cotangents for."""
+        return [part for index, part in enumerate(self._by_position) if index + 1 not in self.nondiff]
+
+    @property
+    def without_gradient(self) -> list[Input]:
+        """The positional inputs of `nondiff_argnums`, in the order of their positions."""
+        return [part for index, part in enumerate(self._by_position) if index + 1 in self.nondiff]
+
+    @property
+    def keywords(self) -> dict[str, Input]:
+        """The inputs that have no position."""
+        return self._by_keyword
+
+    def _add(self, name: str, arg: Any, placeholders: dict[int, _Held]) -> Input:
+        leaves, treedef = jax.tree.flatten(arg, is_leaf=lambda leaf: id(leaf) in placeholders)
+        start = len(self.arrays)
+        self.arrays += [leaf for leaf in leaves if is_array(leaf)]
+        statics = tuple(None if is_array(leaf) else Static(placeholders.get(id(leaf), leaf)) for leaf in leaves)
+        indices = range(start, len(self.arrays))
+        return Input(name, Layout(treedef, statics), tuple(ArrayType.of(self.arrays[i]) for i in indices), indices)
+
+
+def _fill(part: Input, arrays: Sequence[Any], held: Sequence[Any]) -> Any:
+    filled = part.layout.fill([arrays[index] for index in part.indices])
+    if not held:
+        return filled
+    is_held = lambda leaf: isinstance(leaf, _Held)  # noqa: E731  used once, in the next line
+    return jax.tree.map(lambda leaf: held[leaf.index] if is_held(leaf) else leaf, filled, is_leaf=is_held)
+
+
+def resolve(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Moves keyword arguments that have a position in `fn` there; keyword-only ones stay."""
+    if not kwargs:
+        return args, {}
+    bound = inspect.signature(fn).bind(None, *args, **kwargs)
+    return tuple(bound.args[1:]), dict(bound.kwargs)
+
+
+def check_nondiff(nondiff_argnums: Sequence[int] | int, count: int, fn: Callable[..., Any]) -> frozenset[int]:
+    """Checks the positions of arguments without gradient.
+
+    Raises:
+        ArgumentError: a position is the module's, or past the last argument, or no integer.
+    """
+    numbers = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else tuple(nondiff_argnums)
+    name = getattr(fn, "__name__", repr(fn))
+    for number in numbers:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ArgumentError(f"`nondiff_argnums` must be integers, but has {number!r}.")
+        if number == 0:
+            raise ArgumentError(
+                f"`nondiff_argnums` has 0, which is the module itself in {name}(mdl, *args). Positions of arguments "
+                "start at 1; to leave variables without a gradient of the rule, choose others by `grad_vars`."
+            )
+        if not 1 <= number <= count:
+            raise ArgumentError(
+                f"`nondiff_argnums` has {number}, but this call of {name}(mdl, *args) has "
+                + (f"arguments at positions 1 to {count}." if count else "no argument behind the module.")
+            )
+    return frozenset(numbers)

@@ -1,0 +1,198 @@
+"""One wrapped call while it is open: flat arrays in, flat arrays out, the same each time it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from ._arrays import ArrayType, Layout, is_inexact, take_apart
+from ._boundary import Boundary
+from ._conform import Expected, Signature
+from ._cotangents import Cotangents, Order
+from ._inputs import Handle, Input, Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one run gave: the output's arrays and the updates' arrays, each with its static half."""
+
+    arrays: list[Any]
+    layout: Layout
+    updates: list[Any]
+    updates_layout: Layout
+    extra: Any = None  # what the caller's `unpack` set aside; residuals, for a forward function
+
+    @property
+    def output_types(self) -> tuple[ArrayType, ...]:
+        """The types of the output's arrays."""
+        return tuple(map(ArrayType.of, self.arrays))
+
+
+class Session:
+    """An open boundary together with the call's arguments, everything flattened once.
+
+    `run` takes all arrays as arguments and closes over none, so JAX may call it when and as often
+    as it likes.
+    """
+
+    def __init__(self, boundary: Boundary, handle: Handle, inputs: Inputs, fn: Callable[..., Any]):
+        self.boundary = boundary
+        self.fn = fn
+        self.inputs = inputs
+        self.adapter = handle.adapter
+        self._handle = handle
+        self.variables, self.variables_def = jax.tree.flatten(boundary.variables)
+        self.context, self._context_def = jax.tree.flatten(boundary.context)
+        self.variables_types = tuple(map(ArrayType.of, self.variables))
+        self.signature = Spec(self.variables_def, self.variables_types, tuple(inputs.differentiable), inputs.keywords)
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        variables: Sequence[Any],
+        context: Sequence[Any],
+        arrays: Sequence[Any],
+        unpack: Callable[[Any], tuple[list[Any], Layout, Any]] | None = None,
+    ) -> Outcome:
+        """Runs `fn` on the module; what it returns is taken apart while the module is still alive."""
+
+        def inner(mdl: Any) -> tuple[list[Any], Layout, Any]:
+            user_mdl, held = self._handle.split(mdl)
+            args, kwargs = self.inputs.rebuild(arrays, held)
+            result = fn(user_mdl, *args, **kwargs)
+            return unpack(result) if unpack else (*take_apart(result), None)
+
+        (out, layout, extra), updates = self.boundary.call(
+            inner, jax.tree.unflatten(self.variables_def, variables), jax.tree.unflatten(self._context_def, context)
+        )
+        return Outcome(out, layout, *take_apart(updates), extra)
+
+    def linearize(
+        self, variables: Sequence[Any], context: Sequence[Any], arrays: Sequence[Any], order: Order
+    ) -> tuple[Outcome, Pullback]:
+        """Runs `fn` once, giving its output as `jax.vjp` computes it, and the pullback.
+
+        A second plain run could differ by rounding, since JAX linearises some functions by other operations.
+        """
+        inexact = [is_inexact(array) for array in arrays]
+        cell: list[Outcome] = []
+
+        def primal(variables: Sequence[Any], chosen: Sequence[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
+            outcome = self.run(self.fn, variables, context, merge(inexact, chosen, arrays))
+            cell.append(outcome)
+            differentiable = [array for array in outcome.arrays if is_inexact(array)]
+            return differentiable, ([array for array in outcome.arrays if not is_inexact(array)], outcome.updates)
+
+        out, pull, (others, updates) = jax.vjp(primal, list(variables), pick(inexact, arrays), has_aux=True)
+        traced = cell[-1]
+        types = traced.output_types
+        arrays_out = merge([type_.is_inexact for type_ in types], out, others, compact=True)
+        pullback = Pullback(pull, self.signature, tuple(inexact), traced.layout, types, order)
+        return Outcome(arrays_out, traced.layout, updates, traced.updates_layout), pullback
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The static shape of a call's cotangents; hashable, so it can stand in the treedef of a pullback."""
+
+    variables_def: Any
+    variables_types: tuple[ArrayType, ...]
+    inputs: tuple[Input, ...]
+    keywords: Any  # a dict of `Input`; frozen dataclasses compare by value
+
+    def __hash__(self) -> int:
+        return hash((self.variables_def, self.variables_types, len(self.inputs), tuple(sorted(self.keywords))))
+
+    def build(self, variables: Sequence[Any], arrays: Sequence[Any], order: Order) -> Cotangents:
+        """Puts flat cotangents into the trees of the variables and the inputs."""
+        fill = lambda part: part.layout.fill_arrays_only([arrays[index] for index in part.indices])  # noqa: E731
+        return Cotangents(
+            tuple(fill(part) for part in self.inputs),
+            jax.tree.unflatten(self.variables_def, variables),
+            keywords={name: fill(part) for name, part in self.keywords.items()},
+            order=order,
+        )
+
+    def expected(self) -> Signature:
+        """The same, in the form that checks what a rule returned."""
+        layout = Layout(self.variables_def, (None,) * len(self.variables_types))
+        return Signature(
+            [part.expected() for part in self.inputs],
+            {name: part.expected() for name, part in self.keywords.items()},
+            Expected("`variables`", layout, self.variables_types),
+        )
+
+
+@jax.tree_util.register_pytree_node_class
+class Pullback:
+    """The linear map from the cotangent of a module call's output to those of its inputs and variables.
+
+    It is a pytree of the arrays that the forward pass kept, so it may be a residual, and it may be
+    called any number of times.
+    """
+
+    def __init__(
+        self,
+        pull: Any,
+        spec: Spec,
+        inexact: tuple[bool, ...],
+        layout: Layout,
+        types: tuple[ArrayType, ...],
+        order: Order,
+    ):
+        self._pull = pull
+        self._static = (spec, inexact, layout, types, order)
+
+    def __call__(self, y_bar: Any) -> Cotangents:
+        """Pulls `y_bar` back.
+
+        Args:
+            y_bar: shaped like the call's output; `None`, whole or in part, stands for zero.
+
+        Returns:
+            The cotangents of the inputs, in the order of the call, and of the variables. Inputs
+            and leaves without a gradient (integers, keys, objects) get `None`.
+
+        Raises:
+            CotangentError: `y_bar` does not have the structure or shapes of the output.
+        """
+        spec, inexact, layout, types, order = self._static
+        flat = Expected("the output", layout, types).conform(y_bar, "The argument of this pullback")
+        seeds = [zero_of(type_) if bar is None else bar for bar, type_ in zip(flat, types) if type_.is_inexact]
+        variables, chosen = self._pull(seeds)
+        rest = iter(chosen)
+        return spec.build(variables, [next(rest) if able else None for able in inexact], order)
+
+    def tree_flatten(self) -> tuple[tuple[Any], Any]:
+        """Gives the residuals as the child, all else as static data."""
+        return (self._pull,), self._static
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: tuple[Any]) -> Pullback:
+        """Rebuilds the pullback around other residuals."""
+        return cls(children[0], *static)
+
+
+def pick(mask: Sequence[bool], values: Sequence[Any]) -> list[Any]:
+    """Lists the values whose mask is set."""
+    return [value for chosen, value in zip(mask, values, strict=True) if chosen]
+
+
+def merge(mask: Sequence[bool], chosen: Sequence[Any], others: Sequence[Any], *, compact: bool = False) -> list[Any]:
+    """Puts `chosen` where the mask is set; the rest comes from `others`, as long as the mask or, if `compact`, as the rest."""
+    first = iter(chosen)
+    second = iter(others if compact else pick([not able for able in mask], others))
+    return [next(first) if able else next(second) for able in mask]
+
+
+def zero_of(type_: ArrayType | SymbolicZero) -> Any:
+    """Makes the zero cotangent of an array of the given type."""
+    if type_.dtype == jax.dtypes.float0 or not jnp.issubdtype(type_.dtype, jnp.inexact):
+        return np.zeros(type_.shape, jax.dtypes.float0)
+    return jnp.zeros(type_.shape, type_.dtype)
