@@ -45,4 +45,4 @@ def _wanted(mdl: Any, grad_vars: Any) -> Predicate:
     return predicate(grad_vars, named)
 
 
-ADAPTER = EquinoxAdapter()
+ADAPTERS = (EquinoxAdapter(),)

@@ -48,4 +48,4 @@ class PytreeAdapter:
         return body(ValueBoundary(mdl, predicate(grad_vars, named), grad_vars))[0]
 
 
-ADAPTER = PytreeAdapter()
+ADAPTERS = (PytreeAdapter(),)

@@ -1,5 +1,6 @@
 """crossvjp: write a backward rule once; run it unchanged in Flax Linen, Flax NNX, Haiku, Equinox and plain JAX."""
 
+from ._arrays import is_inexact as is_inexact
 from ._boundary import Adapter as Adapter
 from ._boundary import Boundary as Boundary
 from ._cotangents import Cotangents as Cotangents
@@ -16,6 +17,7 @@ from ._rule import Rule as Rule
 from ._rule import rule as rule
 from ._rule import static as static
 from ._select import Predicate as Predicate
+from ._select import check_selected as check_selected
 from ._select import predicate as predicate
 from ._select import unknown_choice as unknown_choice
 from ._session import Pullback as Pullback

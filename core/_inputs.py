@@ -59,7 +59,7 @@ class _Held:
 
 
 class Inputs:
-    """The arguments of one call, flattened once. It keeps no array, so that late runs can't reach stale ones.
+    """The arguments of one call, flattened once. After the call, `arrays` is emptied: late runs get theirs as arguments.
 
     Args:
         fn: whose signature resolves keyword arguments to positions.
@@ -86,11 +86,6 @@ class Inputs:
         placeholders = {id(module): _Held(index) for index, module in enumerate(held)}
         self._by_position = [self._add(f"input {index}", arg, placeholders) for index, arg in enumerate(args)]
         self._by_keyword = {name: self._add(f"input {name!r}", arg, placeholders) for name, arg in kwargs.items()}
-
-    def take_arrays(self) -> list[Any]:
-        """Hands the arrays over; from now on they come from outside."""
-        arrays, self.arrays = self.arrays, []
-        return arrays
 
     def rebuild(self, arrays: Sequence[Any], held: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Gives the arguments back, around other arrays and other modules."""

@@ -61,7 +61,7 @@ def adapter_of(mdl: Any) -> Adapter:
     if adapters:
         return next(iter(adapters.values()))
     if any(is_array(leaf) for leaf in leaves):
-        return _built_in(_PLAIN)
+        return _built_in(_PLAIN)[0]
     frameworks = "Flax Linen, Flax NNX, Haiku or Equinox"
     raise HandleError(
         f"The module handle must be a module of {frameworks}, a pytree of arrays, or a tuple, list or dict of "
@@ -97,12 +97,13 @@ def _loaded_frameworks() -> tuple[str, ...]:
 
 
 def _ask(mdl: Any, loaded: tuple[str, ...]) -> Adapter | None:
-    candidates = [*_registered, *(_built_in(_BUILT_IN[framework]) for framework in loaded)]
+    built_in = [adapter for framework in loaded for adapter in _built_in(_BUILT_IN[framework])]
+    candidates = [*_registered, *built_in]
     return next((adapter for adapter in candidates if adapter.matches(mdl)), None)
 
 
-def _built_in(module: str) -> Adapter:
-    return importlib.import_module(module).ADAPTER
+def _built_in(module: str) -> tuple[Adapter, ...]:
+    return importlib.import_module(module).ADAPTERS
 
 
 def belongs_to(adapter: Adapter, leaf: Any) -> bool:

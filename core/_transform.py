@@ -63,11 +63,13 @@ def transformed_call(
     def body(boundary: Any) -> tuple[Any, Any]:
         session = Session(boundary, handle, inputs, fn)
         call = _OneCall(session, behaviour)
-        out, updates = call(list(behaviour.arrays), session.variables, session.context, inputs.take_arrays())
+        out, updates = call(list(behaviour.arrays), session.variables, session.context, inputs.arrays)
         session.variables = session.context = []  # late runs get theirs as arguments
         return call.layout.fill(out), call.updates_layout.fill(updates)
 
-    return handle.adapter.lift(handle.opened, grad_vars, body)
+    out = handle.adapter.lift(handle.opened, grad_vars, body)
+    inputs.arrays = []  # from now on they come from outside
+    return out
 
 
 @dataclasses.dataclass(frozen=True)

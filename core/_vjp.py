@@ -53,7 +53,7 @@ def vjp(
 
     def body(boundary: Any) -> tuple[Any, PyTree]:
         session = Session(boundary, handle, inputs, fn)
-        outcome, pullback = session.linearize(session.variables, session.context, inputs.take_arrays(), order)
+        outcome, pullback = session.linearize(session.variables, session.context, inputs.arrays, order)
         return (outcome.layout.fill(outcome.arrays), pullback), outcome.updates_layout.fill(outcome.updates)
 
     return handle.adapter.lift(handle.opened, grad_vars, body)

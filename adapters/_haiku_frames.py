@@ -1,0 +1,161 @@
+"""What the Haiku adapter needs of Haiku's private API, all in one place; tests/test_haiku_private.py pins it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Set
+from typing import Any
+
+import haiku as hk
+import jax
+from haiku._src import base, mixed_precision
+from haiku._src import module as haiku_module
+
+from crossvjp import HandleError
+
+# Thread-local stacks that a call runs under. A late run finds them empty, so each run sets them.
+_STACKS = (
+    base.context_stack,
+    base.param_creator_stack,
+    base.state_creator_stack,
+    base.param_getter_stack,
+    base.state_getter_stack,
+    base.state_setter_stack,
+    base.closure_boundary_stack,
+    haiku_module.interceptor_stack,
+    mixed_precision._thread_local_state._current_policy,
+)
+
+
+class MissedError(Exception):
+    """A call touched parameters or state of the live frame that the boundary does not hold."""
+
+
+class Frame:
+    """A copy of the current frame: names, counters and everything else that a run depends on but its arrays."""
+
+    def __init__(self) -> None:
+        self._live = base.current_frame()
+        self._start = self._live.evolve(None, None, None)
+        self._stacks = [stack.clone() for stack in _STACKS]
+        self.params: Mapping[str, Mapping[str, Any]] = self._live.params
+        self.state: Mapping[str, Mapping[str, Any]] = self._live.state or {}
+        sequence = self._live.rng_stack.peek()
+        self.rng = None if sequence is None else sequence.internal_state
+
+    def run(
+        self, fn: Callable[[], Any], params: Any, state: Any, initial: Any, rng: Any, held: Set[str] | None
+    ) -> tuple[Any, Any, Any, Any]:
+        """Runs `fn` in a fresh copy of the frame.
+
+        Args:
+            fn: what to run.
+            params: the parameters, by module and name.
+            state: the current values of the state, by module and name.
+            initial: the initial values of the same.
+            rng: the internal state of the RNG sequence, or `None`.
+            held: the modules whose parameters and state are given, or `None` for all.
+
+        Returns:
+            What `fn` returned, and the parameters, current state and RNG state after it.
+
+        Raises:
+            MissedError: `fn` touched a module of the live frame that is not among `held`.
+        """
+        pairs = base.new_context(params={}, state={}, rng=None)._HaikuContext__state  # a defaultdict of defaultdicts
+        for module, values in state.items():
+            for name, value in values.items():
+                pairs[module][name] = base.StatePair(initial[module][name], value)
+        sequence = None if rng is None else base.PRNGSequence(rng)
+        frame = self._start.evolve({module: dict(values) for module, values in params.items()}, pairs, sequence)
+
+        def refuse_missed(next_creator: Any, shape: Any, dtype: Any, init: Any, context: Any) -> Any:
+            known = context.module_name in self.params or context.module_name in self.state
+            if held is not None and known and context.module_name not in held:
+                raise MissedError
+            return next_creator(shape, dtype, init)
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._entered())
+            stack.enter_context(base.frame_stack(frame))
+            stack.enter_context(base.push_jax_trace_level())
+            stack.enter_context(hk.custom_creator(refuse_missed, params=True, state=True))
+            out = fn()
+            self._after = frame
+        current = {module: {name: pair.current for name, pair in held.items()} for module, held in pairs.items() if held}
+        return out, frame.params, current, None if sequence is None else sequence.internal_state
+
+    def publish(self, params: Any, state: Any, rng: Any) -> None:
+        """Writes what a run changed into the live frame, together with the names that it gave out."""
+        live = self._live
+        for module, values in params.items():
+            for name, value in values.items():
+                live.params[module][name] = value
+        for module, values in state.items():
+            for name, value in values.items():
+                before = live.state[module].get(name)
+                live.state[module][name] = base.StatePair(value if before is None else before.initial, value)
+        if rng is not None:
+            live.rng_stack.peek().replace_internal_state(rng)
+        for counter, after in zip(live.counter_stack, self._after.counter_stack, strict=True):
+            counter.update({name: count - counter[name] for name, count in after.items()})
+        for names, after in zip(live.used_names_stack, self._after.used_names_stack, strict=True):
+            names |= after
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Sets this thread's stacks as they were when the frame was copied."""
+        saved = [stack._storage for stack in _STACKS]
+        try:
+            for stack, then in zip(_STACKS, self._stacks, strict=True):
+                stack._storage = then.clone()._storage
+            yield
+        finally:
+            for stack, storage in zip(_STACKS, saved, strict=True):
+                stack._storage = storage
+
+
+def touched_by(run: Callable[[], Any]) -> set[str]:
+    """Runs abstractly and lists the modules that are called or whose parameters or state are read."""
+    touched: set[str] = set()
+
+    def note_parameter(next_getter: Any, value: Any, context: Any) -> Any:
+        touched.add(context.module_name)
+        return next_getter(value)
+
+    def note_setting(next_setter: Any, value: Any, context: Any) -> Any:
+        touched.add(context.module_name)
+        return next_setter(value)
+
+    def note_call(next_method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        prefix = getattr(context.module, "prefix_name", None)  # of `hk.lift`, which reads a whole subtree
+        name = getattr(context.module, "module_name", None)  # none yet in a constructor, which reads nothing
+        touched.update(found for found in (name if prefix is None else prefix,) if found is not None)
+        return next_method(*args, **kwargs)
+
+    with (
+        hk.custom_getter(note_parameter, params=True, state=True),
+        hk.custom_setter(note_setting),
+        hk.intercept_methods(note_call),
+    ):
+        jax.eval_shape(lambda: run() and None)
+    return touched
+
+
+class _ClosedFrame:
+    """Stands for the frame in the backward pass, where there is none."""
+
+    module_stack = ()  # Haiku walks all frames when a transform inside the backward pass initialises
+
+    def __getattr__(self, name: str) -> Any:
+        raise HandleError(
+            "A Haiku module is not usable in the backward pass: its parameters belong to the forward pass. Return a "
+            "snapshot of them, `crossvjp.variables(mdl)`, among the residuals of `forward_fn`."
+        )
+
+
+@contextlib.contextmanager
+def refuse_frames() -> Iterator[None]:
+    """Makes every use of the current frame an error; transformed functions bring their own and still run."""
+    with base.frame_stack(_ClosedFrame()):
+        yield

@@ -1,0 +1,119 @@
+"""What the Linen adapter needs of Flax's private API, all in one place; tests/test_linen_private.py pins it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.errors
+import flax.linen as nn
+from flax.core import Scope
+from flax.linen import module as linen_module
+from flax.linen.transforms import get_module_scopes, set_module_scopes
+
+from crossvjp import HandleError
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedModule:
+    """A bound module, or a scope, and every scope that it reaches through its attributes."""
+
+    handle: Any
+    scopes: list[Scope]
+    state: Any
+
+    @staticmethod
+    def open(handle: Any, scope: Scope) -> OpenedModule:
+        """Collects the scopes; the module's own position in a compact method is kept with them."""
+        if isinstance(handle, Scope):
+            return OpenedModule(handle, [scope], None)
+        return OpenedModule(handle, get_module_scopes(handle)[0], handle._state.export())
+
+    def rebuild(self, scopes: list[Scope]) -> Any:
+        """Makes a copy of the module that is bound to other scopes."""
+        if isinstance(self.handle, Scope):
+            return scopes[0]
+        module = set_module_scopes(self.handle, (), {}, scopes)[0]
+        object.__setattr__(module, "_state", self.state.export())
+        return module
+
+    def take_names(self, rebuilt: Any) -> None:
+        """Lets the live module go on counting names where its copy stopped."""
+        if not isinstance(self.handle, Scope):
+            self.handle._state.reimport(rebuilt._state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ambient:
+    """The dynamic context of a call: interceptors, and what `capture_intermediates` asks for.
+
+    A late run happens outside of it, and has to give the same result.
+    """
+
+    interceptors: tuple[Any, ...]
+    captures: tuple[Any, ...]
+
+    @staticmethod
+    def current() -> Ambient:
+        """Takes down the context of this thread."""
+        return Ambient(
+            tuple(linen_module._global_interceptor_stack._storage), tuple(linen_module._context.capture_stack)
+        )
+
+    @contextlib.contextmanager
+    def entered(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Runs under this context. Submodules made inside belong to the module, if it is a single one."""
+        stack, context = linen_module._global_interceptor_stack, linen_module._context
+        saved = stack._storage, context.capture_stack
+        stack._storage, context.capture_stack = list(self.interceptors), list(self.captures)
+        context.module_stack.append(modules[0] if len(modules) == 1 else None)
+        try:
+            yield
+        finally:
+            context.module_stack.pop()
+            stack._storage, context.capture_stack = saved
+
+
+def variables_of(scope: Scope) -> Any:
+    """Gives the very mapping that a scope's tree keeps its variables in; its identity tells scopes apart."""
+    return scope.root._variables
+
+
+@contextlib.contextmanager
+def refuse_calls(closed: Sequence[Any], of_scopes: bool) -> Iterator[None]:
+    """Makes every call of a module whose variables are among `closed` an error.
+
+    Functions of scopes can't be intercepted; there Flax's own errors on the emptied scope are translated.
+    """
+    identities = {id(variables) for variables in closed}
+
+    def refuse(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        scope = context.module.scope
+        if scope is not None and id(variables_of(scope)) in identities:
+            raise _gone(f"The Linen module {type(context.module).__name__} at {scope.path_text}")
+        return next_fun(*args, **kwargs)
+
+    try:
+        with nn.intercept_methods(refuse):
+            yield
+    except _SCOPE_ERRORS as error:
+        if of_scopes:
+            raise _gone("A scope") from error
+        raise
+
+
+def _gone(what: str) -> HandleError:
+    return HandleError(
+        f"{what} is not usable in the backward pass: its variables belong to the forward pass. Return a snapshot of "
+        "them, `crossvjp.variables(mdl)`, among the residuals of `forward_fn`."
+    )
+
+
+_SCOPE_ERRORS = (
+    flax.errors.InvalidScopeError,
+    flax.errors.ScopeCollectionNotFound,
+    flax.errors.ScopeParamNotFoundError,
+    flax.errors.ScopeVariableNotFoundError,
+)

@@ -1,0 +1,132 @@
+"""Flax NNX: split the module, merge a copy for each run, and write back what the run changed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+
+from crossvjp import HandleError, Path, Predicate, check_selected, is_inexact, predicate, unknown_choice
+
+# Graph mode throughout: it opens every module that tree mode opens, and shared variables besides.
+_GRAPH = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    """Where an updated value belongs in the module."""
+
+    path: tuple[Any, ...]
+
+
+class _Spent:
+    """What a Variable of a finished run holds, so that reading it is an error and not a stale value."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise HandleError(
+            "This NNX module belongs to a finished forward pass. Its variables are not usable in the backward pass: "
+            "return a snapshot of them, `crossvjp.variables(mdl)`, among the residuals of `forward_fn`."
+        )
+
+
+class NnxBoundary:
+    """A module split into a graph definition and two states."""
+
+    def __init__(self, mdl: Any, grad_vars: Any):
+        wanted = predicate(grad_vars, _named)
+        seen: list[Path] = []
+
+        def is_variable(path: tuple[Any, ...], leaf: Any) -> bool:
+            value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+            if not is_inexact(value):
+                return False
+            seen.append(tuple(map(str, path)))
+            return wanted(seen[-1], leaf)
+
+        self._graphdef, variables, context = nnx.split(mdl, is_variable, ..., graph=_GRAPH)
+        check_selected(grad_vars, len(jax.tree.leaves(variables)), seen)
+        # `split` gives the live Variables themselves; copies keep later writes to the module out.
+        self.variables, self.context = jax.tree.map(lambda leaf: leaf, (variables, context))
+        self._mdl = mdl
+
+    def call(self, fn: Callable[..., Any], variables: Any, context: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        mdl = nnx.merge(self._graphdef, variables, context, copy=True)
+        before = {path: _raw(leaf) for state in (variables, context) for path, leaf in _flat(state)}
+        out = fn(mdl, *args, **kwargs)
+        _, state = nnx.split(mdl, graph=_GRAPH)
+        updates: list[Any] = []
+        for path, leaf in _flat(state):
+            if path not in before or _raw(leaf) is not before[path]:
+                updates += [_At(path), jax.tree.map(lambda value: value, leaf)]
+        for _, leaf in _flat(state):
+            if isinstance(leaf, nnx.Variable):
+                leaf.set_raw_value(_Spent())
+        return out, updates
+
+    def publish(self, updates: list[Any]) -> None:
+        """Writes the updates into the live module, under the checks that NNX makes of any write."""
+        live = dict(_flat(nnx.split(self._mdl, graph=_GRAPH)[1])) if updates else {}
+        new: dict[tuple[Any, ...], Any] = {}
+        for at, value in zip(updates[::2], updates[1::2], strict=True):
+            variable = live.get(at.path)
+            if isinstance(variable, nnx.Variable):
+                variable.set_raw_value(_raw(value))
+            else:
+                new[at.path] = value
+        if new:
+            nnx.update(self._mdl, nnx.from_flat_state(new))
+
+    def closed(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # the Variables of every run are spent already
+
+
+class NnxAdapter:
+    """Opens NNX modules. "params" is `nnx.Param`; any filter of NNX serves as `grad_vars`."""
+
+    name = "Flax NNX"
+    by_reference = True
+
+    def matches(self, mdl: Any) -> bool:
+        return isinstance(mdl, nnx.Pytree | nnx.Variable)
+
+    def initializing(self, mdl: Any) -> bool:
+        return False
+
+    def lift(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> Any:
+        boundary = NnxBoundary(mdl, grad_vars)
+        out, updates = body(boundary)
+        boundary.publish(updates)
+        return out
+
+
+def _named(word: Any) -> Predicate:
+    """Reads a collection's name as its Variable type, and everything else as a filter of NNX."""
+    if isinstance(word, str):
+        try:
+            word = nnx.variable_type_from_name(word)
+        except ValueError:
+            pass  # a tag, then
+    try:
+        chosen = nnx.filterlib.to_predicate(word)
+    except TypeError:
+        raise unknown_choice(word, "'params', a Variable type, a filter of NNX") from None
+    return lambda path, leaf: chosen(path, leaf)
+
+
+def _flat(state: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Lists the leaves of a state, which is a bare Variable where the module is one."""
+    if isinstance(state, nnx.State):
+        yield from nnx.to_flat_state(state)
+    else:
+        yield (), state
+
+
+def _raw(leaf: Any) -> Any:
+    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+ADAPTERS = (NnxAdapter(),)
