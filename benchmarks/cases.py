@@ -1,0 +1,125 @@
+"""What every benchmark compares: one model under one rule, written in five ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
+
+import crossvjp as cv
+import jax
+import jax.numpy as jnp
+
+Layer: TypeAlias = Literal["dense", "block"]
+"""`block` is Dense, BatchNorm and Dropout: parameters, state and a key. It stands alone; Dense may be stacked."""
+
+Variant: TypeAlias = Literal["plain", "by hand", "own", "rule", "custom_vjp"]
+"""No rule; `jax.custom_vjp` over explicit parameters; the framework's own transform; ours, in both forms."""
+
+Apply: TypeAlias = Callable[[Any, Any, Any], tuple[Any, Any]]
+"""A pure function, `apply(params, rest, x) -> (y, new_rest)`; `rest` is state and keys."""
+
+FRAMEWORKS = {"plain JAX": "jax", "Linen": "linen", "NNX": "nnx", "Haiku": "haiku", "Equinox": "equinox"}
+LAYERS: tuple[Layer, ...] = get_args(Layer)
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+OURS: tuple[Variant, ...] = ("rule", "custom_vjp")
+BATCH, WIDTH, DROPOUT, MOMENTUM = 64, 128, 0.1, 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model as a pure function, and its arguments."""
+
+    apply: Apply
+    params: Any
+    rest: Any
+
+    @property
+    def arguments(self) -> tuple[Any, Any, Any]:
+        """What `apply` is called with: parameters, rest and a batch of inputs."""
+        return self.params, self.rest, some_input()
+
+    def loss(self, params: Any, rest: Any, x: Any) -> tuple[Any, Any]:
+        """Scores the output; the new rest goes along."""
+        y, new_rest = self.apply(params, rest, x)
+        return score(y), new_rest
+
+
+def build(framework: str, layer: Layer, variant: Variant, depth: int = 1) -> Case | None:
+    """Builds a model in one framework, or gives `None` where the framework has no transform of its own."""
+    return importlib.import_module(f"benchmarks.with_{FRAMEWORKS[framework]}").case(layer, variant, depth)
+
+
+def activate(y: jax.Array) -> jax.Array:
+    """Stands between two layers."""
+    return jnp.tanh(y)
+
+
+def score(y: jax.Array) -> jax.Array:
+    """Makes a loss of the last layer's output."""
+    return jnp.mean(jnp.square(y))
+
+
+def some_input() -> jax.Array:
+    """Makes a batch of inputs."""
+    return jax.random.normal(jax.random.key(0), (BATCH, WIDTH))
+
+
+def chain(calls: list[Apply], params: Any, rests: Any, x: Any) -> tuple[Any, list[Any]]:
+    """Applies layer after layer."""
+    new_rests = []
+    for index, (call, own, rest) in enumerate(zip(calls, params, rests, strict=True)):
+        y, new_rest = call(own, rest, x)
+        new_rests.append(new_rest)
+        x = activate(y) if index + 1 < len(calls) else y
+    return x, new_rests
+
+
+def sign(tree: Any) -> Any:
+    """Takes the sign of every leaf: what all variants do to the parameters' gradient."""
+    return jax.tree.map(jnp.sign, tree)
+
+
+@cv.rule
+def sign_gradient(call: cv.Call, y_bar: Any) -> cv.Cotangents:
+    """The rule, for crossvjp."""
+    bar = call.pullback(y_bar)
+    return bar.replace(variables=sign(bar.variables))
+
+
+def lifted(fn: Callable[..., Any], variant: Variant) -> Callable[..., Any]:
+    """Puts crossvjp's rule, in one of its two forms, on `fn(mdl, *args)`; the plain variant stays as it is."""
+    if variant == "plain":
+        return fn
+    if variant == "rule":
+        return sign_gradient.lift(fn)
+
+    def forward(mdl: Any, *args: Any) -> Any:
+        return cv.vjp(fn, mdl, *args)
+
+    def backward(pullback: Any, y_bar: Any) -> Any:
+        *inputs_bar, variables_bar = pullback(y_bar)
+        return *inputs_bar, sign(variables_bar)
+
+    return cv.custom_vjp(fn, forward, backward)
+
+
+def by_hand(apply: Apply) -> Apply:
+    """Puts the same rule on a pure function with nothing but `jax.custom_vjp`."""
+
+    @jax.custom_vjp
+    def call(params: Any, rest: Any, x: Any) -> Any:
+        return apply(params, rest, x)
+
+    def forward(params: Any, rest: Any, x: Any) -> Any:
+        y, pullback, new_rest = jax.vjp(lambda params, x: apply(params, rest, x), params, x, has_aux=True)
+        return (y, new_rest), pullback
+
+    def backward(pullback: Any, bars: Any) -> Any:
+        y_bar, _ = bars
+        params_bar, x_bar = pullback(y_bar)
+        return sign(params_bar), None, x_bar
+
+    call.defvjp(forward, backward)
+    return call

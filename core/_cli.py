@@ -1,0 +1,86 @@
+"""The command `crossvjp`. What a subcommand needs is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+_FRAMEWORKS = ("linen", "nnx", "haiku", "equinox")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0 for success, 1 if the frameworks disagree, 2 if a package is missing.
+
+    Raises:
+        SystemExit: an argument is wrong, with code 2; or help was asked for, with code 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="crossvjp",
+        description="Write a backward rule once; run it unchanged in Flax Linen, Flax NNX, Haiku, Equinox and plain JAX.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_tour(commands.add_parser)
+    options = parser.parse_args(argv)
+    return options.run(options)
+
+
+def _add_tour(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
+    summary = "train one small network on handwritten digits, in five frameworks, under the same rule object"
+    tour = add_parser(
+        "tour",
+        help=summary,
+        description=f"{summary.capitalize()}. Prints a table, writes a plot, and ends with code 1 if they disagree.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    tour.add_argument("--steps", type=_at_least(1), default=300, metavar="N", help="training steps in each framework")
+    tour.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of arrays, batches and dropout keys")
+    tour.add_argument("--out", type=Path, default=Path("tour-out"), metavar="FOLDER", help="folder for the plot")
+    tour.add_argument(
+        "--frameworks",
+        nargs="+",
+        choices=_FRAMEWORKS,
+        default=_FRAMEWORKS,
+        metavar="NAME",
+        help=f"which to compare with plain JAX: {', '.join(_FRAMEWORKS)}",
+    )
+    tour.set_defaults(run=lambda options: _tour(options, tour))
+
+
+def _tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    try:
+        command = importlib.import_module("crossvjp.tour.command")
+        trainings = command.load(list(dict.fromkeys(options.frameworks)))
+    except ModuleNotFoundError as error:
+        print(
+            f"crossvjp tour: the package {error.name!r} is missing. Install what the tour needs with\n"
+            '    pip install "crossvjp[tour]"',
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: can't make the folder {str(options.out)!r}: {error.strerror}")
+    return command.run(trainings, command.Plan(options.steps, options.seed), options.out)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be an integer >= {least}, but is {text!r}")
+        return value
+
+    return parse
