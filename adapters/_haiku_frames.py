@@ -115,7 +115,7 @@ class Frame:
                 stack._storage = storage
 
 
-def touched_by(run: Callable[[], Any]) -> set[str]:
+def touched_by(run: Callable[[], None]) -> set[str]:
     """Runs abstractly and lists the modules that are called or whose parameters or state are read."""
     touched: set[str] = set()
 
@@ -138,7 +138,7 @@ def touched_by(run: Callable[[], Any]) -> set[str]:
         hk.custom_setter(note_setting),
         hk.intercept_methods(note_call),
     ):
-        jax.eval_shape(lambda: run() and None)
+        jax.eval_shape(run)
     return touched
 
 

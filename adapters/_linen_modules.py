@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import flax.errors
 import flax.linen as nn
 from flax.core import Scope
 from flax.linen import module as linen_module
@@ -81,12 +80,19 @@ def variables_of(scope: Scope) -> Any:
     return scope.root._variables
 
 
-@contextlib.contextmanager
-def refuse_calls(closed: Sequence[Any], of_scopes: bool) -> Iterator[None]:
-    """Makes every call of a module whose variables are among `closed` an error.
+def spend(scope: Scope) -> None:
+    """Makes every later use of a scope that a run handed out an error."""
 
-    Functions of scopes can't be intercepted; there Flax's own errors on the emptied scope are translated.
-    """
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise _gone("A scope")
+
+    for name in ("reserve", "push", "variables", "get_variable", "has_variable", "put_variable", "make_rng", "rewound"):
+        setattr(scope, name, refuse)
+
+
+@contextlib.contextmanager
+def refuse_calls(closed: Sequence[Any]) -> Iterator[None]:
+    """Makes every call of a module whose variables are among `closed` an error."""
     identities = {id(variables) for variables in closed}
 
     def refuse(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -95,13 +101,8 @@ def refuse_calls(closed: Sequence[Any], of_scopes: bool) -> Iterator[None]:
             raise _gone(f"The Linen module {type(context.module).__name__} at {scope.path_text}")
         return next_fun(*args, **kwargs)
 
-    try:
-        with nn.intercept_methods(refuse):
-            yield
-    except _SCOPE_ERRORS as error:
-        if of_scopes:
-            raise _gone("A scope") from error
-        raise
+    with nn.intercept_methods(refuse):
+        yield
 
 
 def _gone(what: str) -> HandleError:
@@ -109,11 +110,3 @@ def _gone(what: str) -> HandleError:
         f"{what} is not usable in the backward pass: its variables belong to the forward pass. Return a snapshot of "
         "them, `crossvjp.variables(mdl)`, among the residuals of `forward_fn`."
     )
-
-
-_SCOPE_ERRORS = (
-    flax.errors.InvalidScopeError,
-    flax.errors.ScopeCollectionNotFound,
-    flax.errors.ScopeParamNotFoundError,
-    flax.errors.ScopeVariableNotFoundError,
-)

@@ -29,6 +29,7 @@ class HaikuBoundary:
     """
 
     def __init__(self, mdl: Any, grad_vars: Any, held: Set[str] | None):
+        self.called = False
         self._mdl = mdl
         self._held = held
         self._frame = frame = Frame()
@@ -47,6 +48,7 @@ class HaikuBoundary:
         self.context = (self._partition.context, initial, frame.rng)
 
     def call(self, fn: Callable[..., Any], variables: Any, context: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.called = True
         rest, initial, rng = context
         tree = self._partition.combine(variables, rest)
         out, params, state, rng_after = self._frame.run(
@@ -90,14 +92,21 @@ class HaikuAdapter:
 
     def _run(self, boundary: HaikuBoundary, body: Callable[[Any], tuple[Any, Any]]) -> Any:
         out, updates = body(boundary)
-        boundary.publish(updates)
+        if updates is not None:
+            boundary.publish(updates)
         return out
 
     def _find(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> set[str]:
         """Lists the modules of the frame that a call touches, by tracing it once on shapes."""
-        touched = touched_by(lambda: body(HaikuBoundary(mdl, True, None)))
+        cell: list[HaikuBoundary] = []
+
+        def run() -> None:
+            cell.append(HaikuBoundary(mdl, True, None))  # made here, where the frame's copy takes the observers along
+            body(cell[0])
+
+        touched = touched_by(run)
         frame = Frame()
-        return {name for name in {*frame.params, *frame.state} if _is_below(name, touched)}
+        return {name for name in {*frame.params, *frame.state} if not cell[0].called or _is_below(name, touched)}
 
 
 def _inside_transform() -> bool:

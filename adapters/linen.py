@@ -18,7 +18,7 @@ from flax.core import Scope
 from flax.core.scope import in_filter
 
 from crossvjp import ArgumentError, HandleError, Partition, Predicate, predicate, unknown_choice
-from crossvjp.adapters._linen_modules import Ambient, OpenedModule, refuse_calls, variables_of
+from crossvjp.adapters._linen_modules import Ambient, OpenedModule, refuse_calls, spend, variables_of
 
 
 class LinenBoundary:
@@ -70,8 +70,9 @@ class LinenBoundary:
         updates = [_changed(now, before) for now, before in zip(held, given, strict=True)]
         self._after = [_copied(scope.rng_counters) for scope in scopes]
         self._rebuilt = handles
-        for scope in opened:
-            scope.invalidate()
+        for part in handles:
+            if isinstance(part, Scope):
+                spend(part)
         for values in held:  # a module of this run that is used later finds nothing, rather than old values
             self._closed.append(values)
             _empty(values)
@@ -88,7 +89,7 @@ class LinenBoundary:
             module.take_names(rebuilt)
 
     def closed(self) -> contextlib.AbstractContextManager[None]:
-        return refuse_calls(self._closed, any(isinstance(part, Scope) for part in self._parts))
+        return refuse_calls(self._closed)
 
 
 class LinenAdapter:
@@ -107,7 +108,8 @@ class LinenAdapter:
     def lift(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> Any:
         boundary = LinenBoundary(mdl, grad_vars)
         out, updates = body(boundary)
-        boundary.publish(updates)
+        if updates is not None:
+            boundary.publish(updates)
         return out
 
 

@@ -27,10 +27,18 @@ class _Spent:
     """What a Variable of a finished run holds, so that reading it is an error and not a stale value."""
 
     def __getattr__(self, name: str) -> Any:
+        return self._refuse()
+
+    def _refuse(self, *_: Any) -> Any:
         raise HandleError(
             "This NNX module belongs to a finished forward pass. Its variables are not usable in the backward pass: "
             "return a snapshot of them, `crossvjp.variables(mdl)`, among the residuals of `forward_fn`."
         )
+
+    # Python looks operators up on the type, past `__getattr__`.
+    __getitem__ = __array__ = __jax_array__ = __len__ = __iter__ = __bool__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse
+    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _refuse
 
 
 class NnxBoundary:
@@ -99,7 +107,8 @@ class NnxAdapter:
     def lift(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> Any:
         boundary = NnxBoundary(mdl, grad_vars)
         out, updates = body(boundary)
-        boundary.publish(updates)
+        if updates is not None:
+            boundary.publish(updates)
         return out
 
 

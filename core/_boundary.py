@@ -70,7 +70,7 @@ class Adapter(Protocol):
         Args:
             mdl: a handle, or a tuple, list or dict of handles.
             grad_vars: which variables the boundary gives as `variables`.
-            body: gets the boundary. Its updates are those that `Boundary.call` returned.
+            body: gets the boundary. Its updates are those that `Boundary.call` returned, or `None` without a call.
 
         Raises:
             HandleError: the handle can't be opened here.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,18 +40,23 @@ def _add_tour(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         "tour",
         help=summary,
         description=f"{summary.capitalize()}. Prints a table, writes a plot, and ends with code 1 if they disagree.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    tour.add_argument("--steps", type=_at_least(1), default=300, metavar="N", help="training steps in each framework")
-    tour.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of arrays, batches and dropout keys")
-    tour.add_argument("--out", type=Path, default=Path("tour-out"), metavar="FOLDER", help="folder for the plot")
+    tour.add_argument(
+        "--steps", type=_at_least(1), default=300, metavar="N", help="training steps in each framework; 300 by default"
+    )
+    tour.add_argument(
+        "--seed", type=_at_least(0), default=0, metavar="N", help="of arrays, batches and dropout keys; 0 by default"
+    )
+    tour.add_argument(
+        "--out", type=Path, default=Path("tour-out"), metavar="FOLDER", help="folder for the plot; tour-out by default"
+    )
     tour.add_argument(
         "--frameworks",
         nargs="+",
         choices=_FRAMEWORKS,
         default=_FRAMEWORKS,
         metavar="NAME",
-        help=f"which to compare with plain JAX: {', '.join(_FRAMEWORKS)}",
+        help=f"which to compare with plain JAX: {', '.join(_FRAMEWORKS)}; all by default",
     )
     tour.set_defaults(run=lambda options: _tour(options, tour))
 
@@ -70,6 +76,8 @@ def _tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: can't make the folder {str(options.out)!r}: {error.strerror}")
+    if not os.access(options.out, os.W_OK):
+        parser.error(f"argument --out: can't write into the folder {str(options.out)!r}")
     return command.run(trainings, command.Plan(options.steps, options.seed), options.out)
 
 

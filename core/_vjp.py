@@ -73,11 +73,8 @@ def variables(mdl: Any, grad_vars: Any = "params") -> PyTree:
         HandleError: `mdl` can't be opened.
     """
     handle = Handle(mdl, (), {})
-    cell: list[PyTree] = []
 
     def body(boundary: Any) -> tuple[None, PyTree]:
-        cell.append(jax.tree.map(lambda leaf: leaf, boundary.variables))
-        return None, boundary.call(lambda _: None, boundary.variables, boundary.context)[1]
+        return jax.tree.map(lambda leaf: leaf, boundary.variables), None
 
-    handle.adapter.lift(handle.opened, grad_vars, body)
-    return cell[0]
+    return handle.adapter.lift(handle.opened, grad_vars, body)
