@@ -121,7 +121,7 @@ def _named(word: Any) -> Predicate:
             pass  # a tag, then
     try:
         chosen = nnx.filterlib.to_predicate(word)
-    except TypeError:
+    except (TypeError, ValueError):
         raise unknown_choice(word, "'params', a Variable type, a filter of NNX") from None
     return lambda path, leaf: chosen(path, leaf)
 

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="crossvjp",
-        description="Write a backward rule once; run it unchanged in Flax Linen, Flax NNX, Haiku, Equinox and plain JAX.",
+        description="Write a backward rule once; run it in Flax Linen, Flax NNX, Haiku, Equinox and plain JAX.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_tour(commands.add_parser)
@@ -66,8 +66,9 @@ def _tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         command = importlib.import_module("crossvjp.tour.command")
         trainings = command.load(list(dict.fromkeys(options.frameworks)))
     except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
         print(
-            f"crossvjp tour: the package {error.name!r} is missing. Install what the tour needs with\n"
+            f"crossvjp tour: the package {package!r} is missing or too old. Install what the tour needs with\n"
             '    pip install "crossvjp[tour]"',
             file=sys.stderr,
         )
