@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
@@ -14,7 +15,7 @@ from haiku._src import module as haiku_module
 from crossvjp import HandleError
 
 # Thread-local stacks that a call runs under. A late run finds them empty, so each run sets them.
-_STACKS = (
+_STACKS: tuple[Any, ...] = (
     base.context_stack,
     base.param_creator_stack,
     base.state_creator_stack,
@@ -62,7 +63,7 @@ class Frame:
         Raises:
             MissedError: `fn` touched a module of the live frame that is not among `held`.
         """
-        pairs = base.new_context(params={}, state={}, rng=None)._HaikuContext__state  # a defaultdict of defaultdicts
+        pairs: Any = collections.defaultdict(dict)  # as Haiku has it: reading a new module's bundle makes it
         for module, values in state.items():
             for name, value in values.items():
                 pairs[module][name] = base.StatePair(initial[module][name], value)
@@ -82,12 +83,14 @@ class Frame:
             stack.enter_context(hk.custom_creator(refuse_missed, params=True, state=True))
             out = fn()
             self._after = frame
-        current = {module: {name: pair.current for name, pair in held.items()} for module, held in pairs.items() if held}
+        current = {
+            module: {name: pair.current for name, pair in held.items()} for module, held in pairs.items() if held
+        }
         return out, frame.params, current, None if sequence is None else sequence.internal_state
 
     def publish(self, params: Any, state: Any, rng: Any) -> None:
         """Writes what a run changed into the live frame, together with the names that it gave out."""
-        live = self._live
+        live: Any = self._live
         for module, values in params.items():
             for name, value in values.items():
                 live.params[module][name] = value
@@ -157,5 +160,5 @@ class _ClosedFrame:
 @contextlib.contextmanager
 def refuse_frames() -> Iterator[None]:
     """Makes every use of the current frame an error; transformed functions bring their own and still run."""
-    with base.frame_stack(_ClosedFrame()):
+    with base.frame_stack(_ClosedFrame()):  # pyright: ignore[reportArgumentType]  it only looks like a frame
         yield

@@ -9,8 +9,9 @@ from typing import Any
 import haiku as hk
 import jax
 
-from crossvjp import HandleError, Predicate, predicate, unknown_choice
+from crossvjp import HandleError
 from crossvjp.adapters.pytree import ValueBoundary
+from crossvjp.extend import Predicate, predicate, unknown_choice
 
 
 @jax.tree_util.register_dataclass

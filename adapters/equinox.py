@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 
-from crossvjp import Predicate, predicate, unknown_choice
 from crossvjp.adapters.pytree import ValueBoundary
+from crossvjp.extend import Predicate, predicate, unknown_choice
 
 
 class EquinoxAdapter:
@@ -31,11 +30,9 @@ class EquinoxAdapter:
 
 def _wanted(mdl: Any, grad_vars: Any) -> Predicate:
     """Reads `grad_vars` as a filter spec where it is one: a tree of booleans and functions of leaves."""
-    if not isinstance(grad_vars, str | bool | list | tuple | set | frozenset) and not inspect.isroutine(grad_vars):
-        is_spec = isinstance(grad_vars, eqx.Module) or isinstance(grad_vars, dict)
-        if is_spec:
-            chosen = {id(leaf) for leaf in jax.tree.leaves(eqx.filter(mdl, grad_vars))}
-            return lambda path, leaf: id(leaf) in chosen
+    if isinstance(grad_vars, eqx.Module | dict):
+        chosen = {id(leaf) for leaf in jax.tree.leaves(eqx.filter(mdl, grad_vars))}
+        return lambda path, leaf: id(leaf) in chosen
 
     def named(word: Any) -> Predicate:
         if word == "params":

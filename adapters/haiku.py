@@ -15,10 +15,11 @@ from typing import Any
 import haiku as hk
 import jax
 
-from crossvjp import HandleError, Partition, Predicate, predicate, unknown_choice
+from crossvjp import HandleError
 from crossvjp.adapters._haiku_frames import Frame, MissedError, refuse_frames, touched_by
 from crossvjp.adapters._haiku_transformed import TransformedAdapter
 from crossvjp.adapters._haiku_transformed import bind as bind
+from crossvjp.extend import Partition, Predicate, predicate, unknown_choice
 
 
 class HaikuBoundary:

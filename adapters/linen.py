@@ -17,8 +17,9 @@ import jax
 from flax.core import Scope
 from flax.core.scope import in_filter
 
-from crossvjp import ArgumentError, HandleError, Partition, Predicate, predicate, unknown_choice
+from crossvjp import ArgumentError, HandleError
 from crossvjp.adapters._linen_modules import Ambient, OpenedModule, refuse_calls, spend, variables_of
+from crossvjp.extend import Partition, Predicate, predicate, unknown_choice
 
 
 class LinenBoundary:

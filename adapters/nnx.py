@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from crossvjp import HandleError, Path, Predicate, check_selected, is_inexact, predicate, unknown_choice
+from crossvjp import HandleError
+from crossvjp.extend import Path, Predicate, check_selected, is_inexact, predicate, unknown_choice
 
 # Graph mode throughout: it opens every module that tree mode opens, and shared variables besides.
 _GRAPH = True
@@ -115,10 +116,8 @@ class NnxAdapter:
 def _named(word: Any) -> Predicate:
     """Reads a collection's name as its Variable type, and everything else as a filter of NNX."""
     if isinstance(word, str):
-        try:
+        with contextlib.suppress(ValueError):  # what is no collection's name is a tag
             word = nnx.variable_type_from_name(word)
-        except ValueError:
-            pass  # a tag, then
     try:
         chosen = nnx.filterlib.to_predicate(word)
     except (TypeError, ValueError):

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from crossvjp import Partition, Predicate, predicate, unknown_choice
+from crossvjp.extend import Partition, Predicate, predicate, unknown_choice
 
 
 class ValueBoundary:

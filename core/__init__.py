@@ -1,6 +1,5 @@
 """crossvjp: write a backward rule once; run it unchanged in Flax Linen, Flax NNX, Haiku, Equinox and plain JAX."""
 
-from ._arrays import is_inexact as is_inexact
 from ._boundary import Adapter as Adapter
 from ._boundary import Boundary as Boundary
 from ._cotangents import Cotangents as Cotangents
@@ -9,17 +8,11 @@ from ._errors import ArgumentError as ArgumentError
 from ._errors import CotangentError as CotangentError
 from ._errors import CrossVJPError as CrossVJPError
 from ._errors import HandleError as HandleError
-from ._partition import Partition as Partition
-from ._paths import Path as Path
 from ._registry import register_adapter as register_adapter
 from ._rule import Call as Call
 from ._rule import Rule as Rule
 from ._rule import rule as rule
 from ._rule import static as static
-from ._select import Predicate as Predicate
-from ._select import check_selected as check_selected
-from ._select import predicate as predicate
-from ._select import unknown_choice as unknown_choice
 from ._session import Pullback as Pullback
 from ._vjp import variables as variables
 from ._vjp import vjp as vjp

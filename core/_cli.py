@@ -42,10 +42,18 @@ def _add_tour(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
         description=f"{summary.capitalize()}. Prints a table, writes a plot, and ends with code 1 if they disagree.",
     )
     tour.add_argument(
-        "--steps", type=_at_least(1), default=300, metavar="N", help="training steps in each framework; 300 by default"
+        "--steps",
+        type=_integer(1, 10**6),
+        default=300,
+        metavar="N",
+        help="training steps in each framework; 300 by default",
     )
     tour.add_argument(
-        "--seed", type=_at_least(0), default=0, metavar="N", help="of arrays, batches and dropout keys; 0 by default"
+        "--seed",
+        type=_integer(0, 2**32 - 1),
+        default=0,
+        metavar="N",
+        help="of arrays, batches and dropout keys; 0 by default",
     )
     tour.add_argument(
         "--out", type=Path, default=Path("tour-out"), metavar="FOLDER", help="folder for the plot; tour-out by default"
@@ -82,14 +90,14 @@ def _tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return command.run(trainings, command.Plan(options.steps, options.seed), options.out)
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _integer(least: int, most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be an integer >= {least}, but is {text!r}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be an integer from {least} to {most}, but is {text!r}")
         return value
 
     return parse

@@ -1,4 +1,4 @@
-"""Cotangents as users write them, checked against the arrays that they belong to: forgiving in form, strict in meaning."""
+"""Cotangents as users write them, checked against their arrays: forgiving in form, strict in meaning."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ class Expected:
         came = ArrayType.of(leaf)
         if came.dtype == jax.dtypes.float0:
             return None
-        loses = jnp.issubdtype(came.dtype, jnp.complexfloating) and not jnp.issubdtype(
-            type_.dtype, jnp.complexfloating
-        )
+        loses = jnp.issubdtype(came.dtype, jnp.complexfloating) and not jnp.issubdtype(type_.dtype, jnp.complexfloating)
         if came.shape != type_.shape or loses:
             hint = "; take its real part" if loses and came.shape == type_.shape else ""
             raise CotangentError(
@@ -103,7 +101,9 @@ class Signature:
         self.keywords = keywords
         self.variables = variables
 
-    def conform(self, result: Any, order: Order, author: str) -> tuple[list[list[Any]], dict[str, list[Any]], list[Any]]:
+    def conform(
+        self, result: Any, order: Order, author: str
+    ) -> tuple[list[list[Any]], dict[str, list[Any]], list[Any]]:
         """Reads what a backward rule returned; gives flat cotangents of inputs, keywords and variables.
 
         Raises:

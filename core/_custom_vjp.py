@@ -62,12 +62,12 @@ def custom_vjp(
         CotangentError: `backward_fn` returns cotangents of another order, structure or shape.
 
     Example:
-        >>> import jax, jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp, crossvjp
         >>> f = lambda w, x: jnp.sum(w * x)
         >>> def bwd(pullback, y_bar):
         ...     x_bar, w_bar = pullback(y_bar)
         ...     return x_bar, jnp.sign(w_bar)
-        >>> g = custom_vjp(f, lambda w, x: vjp(f, w, x), bwd)
+        >>> g = crossvjp.custom_vjp(f, lambda w, x: crossvjp.vjp(f, w, x), bwd)
         >>> jax.grad(g)(jnp.ones(2), jnp.array([3.0, -4.0])).tolist()
         [1.0, -1.0]
 
@@ -101,13 +101,20 @@ class _ByFunctions:
         self.asks_updates = _has_parameter(backward_fn, "updates_bar")
 
     def forward(
-        self, session: Session, own: Sequence[Any], variables: Sequence[Any], context: Sequence[Any], arrays: Sequence[Any]
+        self,
+        session: Session,
+        own: Sequence[Any],
+        variables: Sequence[Any],
+        context: Sequence[Any],
+        arrays: Sequence[Any],
     ) -> tuple[Outcome, Any]:
         adapter = session.adapter
 
         def unpack(result: Any) -> tuple[list[Any], Layout, Any]:
             if not isinstance(result, tuple | list) or len(result) != 2:
-                came = f"a {type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else repr(result)
+                came = (
+                    f"a {type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else repr(result)
+                )
                 raise ArgumentError(
                     "`forward_fn` must return a pair (y, residuals), with the output of `fn` first, "
                     f"but returned {came if len(came) < 200 else type(result).__name__}."
@@ -148,7 +155,8 @@ class _Residuals:
 
     @classmethod
     def tree_unflatten(cls, layout: Layout, children: Any) -> _Residuals:
-        return cls(*children, layout)
+        arrays, nondiff = children
+        return cls(arrays, nondiff, layout)
 
 
 def _has_parameter(function: Callable[..., Any], name: str) -> bool:

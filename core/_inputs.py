@@ -59,7 +59,9 @@ class _Held:
 
 
 class Inputs:
-    """The arguments of one call, flattened once. After the call, `arrays` is emptied: late runs get theirs as arguments.
+    """The arguments of one call, flattened once.
+
+    After the call, `arrays` is emptied: late runs get theirs as arguments.
 
     Args:
         fn: whose signature resolves keyword arguments to positions.
@@ -124,7 +126,9 @@ def _fill(part: Input, arrays: Sequence[Any], held: Sequence[Any]) -> Any:
     return jax.tree.map(lambda leaf: held[leaf.index] if is_held(leaf) else leaf, filled, is_leaf=is_held)
 
 
-def resolve(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def resolve(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Moves keyword arguments that have a position in `fn` there; keyword-only ones stay."""
     if not kwargs:
         return args, {}

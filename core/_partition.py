@@ -46,5 +46,7 @@ class Partition:
         return jax.tree.unflatten(self._treedef, leaves)
 
     def _holed(self, *, chosen: bool) -> Any:
-        leaves = [leaf if is_chosen is chosen else None for leaf, is_chosen in zip(self._leaves, self._chosen)]
+        leaves = [
+            leaf if is_chosen is chosen else None for leaf, is_chosen in zip(self._leaves, self._chosen, strict=True)
+        ]
         return jax.tree.unflatten(self._treedef, leaves)

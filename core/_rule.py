@@ -11,7 +11,6 @@ import jax
 from jaxtyping import PyTree
 
 from ._arrays import Layout, Static, take_apart
-from ._cotangents import Cotangents
 from ._errors import ArgumentError
 from ._session import Outcome, Pullback, Session
 from ._transform import transformed_call
@@ -164,11 +163,17 @@ class _ByRule:
     asks_updates = False
 
     def __init__(self, the_rule: Rule):
-        self.arrays, self._layout = take_apart(the_rule)
+        arrays, self._layout = take_apart(the_rule)
+        self.arrays: Sequence[Any] = arrays
         self.author = repr(the_rule)
 
     def forward(
-        self, session: Session, own: Sequence[Any], variables: Sequence[Any], context: Sequence[Any], arrays: Sequence[Any]
+        self,
+        session: Session,
+        own: Sequence[Any],
+        variables: Sequence[Any],
+        context: Sequence[Any],
+        arrays: Sequence[Any],
     ) -> tuple[Outcome, Any]:
         outcome, pullback = session.linearize(variables, context, arrays, "inputs_first")
         return outcome, _Residuals(pullback, list(own), list(variables), list(arrays), outcome.arrays, outcome.layout)
@@ -203,7 +208,8 @@ class _Residuals:
 
     @classmethod
     def tree_unflatten(cls, layout: Layout, children: Any) -> _Residuals:
-        return cls(*children, layout)
+        pullback, own, variables, arrays, output = children
+        return cls(pullback, own, variables, arrays, output, layout)
 
 
 def _is_static(field: dataclasses.Field[Any]) -> bool:

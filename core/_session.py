@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 
 from ._arrays import ArrayType, Layout, is_inexact, take_apart
 from ._boundary import Boundary
@@ -164,7 +163,9 @@ class Pullback:
         """
         spec, inexact, layout, types, order = self._static
         flat = Expected("the output", layout, types).conform(y_bar, "The argument of this pullback")
-        seeds = [zero_of(type_) if bar is None else bar for bar, type_ in zip(flat, types) if type_.is_inexact]
+        seeds = [
+            zero_of(type_) if bar is None else bar for bar, type_ in zip(flat, types, strict=True) if type_.is_inexact
+        ]
         variables, chosen = self._pull(seeds)
         rest = iter(chosen)
         return spec.build(variables, [next(rest) if able else None for able in inexact], order)
@@ -185,14 +186,17 @@ def pick(mask: Sequence[bool], values: Sequence[Any]) -> list[Any]:
 
 
 def merge(mask: Sequence[bool], chosen: Sequence[Any], others: Sequence[Any], *, compact: bool = False) -> list[Any]:
-    """Puts `chosen` where the mask is set; the rest comes from `others`, as long as the mask or, if `compact`, as the rest."""
+    """Puts `chosen` where the mask is set, and `others` elsewhere.
+
+    `others` is as long as the mask, or, if `compact`, has just the entries that are used.
+    """
     first = iter(chosen)
     second = iter(others if compact else pick([not able for able in mask], others))
     return [next(first) if able else next(second) for able in mask]
 
 
-def zero_of(type_: ArrayType | SymbolicZero) -> Any:
-    """Makes the zero cotangent of an array of the given type."""
+def zero_of(type_: Any) -> Any:
+    """Makes the zero cotangent of anything with a shape and a dtype, a symbolic zero among them."""
     if type_.dtype == jax.dtypes.float0 or not jnp.issubdtype(type_.dtype, jnp.inexact):
         return np.zeros(type_.shape, jax.dtypes.float0)
     return jnp.zeros(type_.shape, type_.dtype)

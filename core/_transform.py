@@ -35,7 +35,12 @@ class Behaviour(Protocol):
     """What errors call the rule."""
 
     def forward(
-        self, session: Session, own: Sequence[Any], variables: Sequence[Any], context: Sequence[Any], arrays: Sequence[Any]
+        self,
+        session: Session,
+        own: Sequence[Any],
+        variables: Sequence[Any],
+        context: Sequence[Any],
+        arrays: Sequence[Any],
     ) -> tuple[Outcome, Any]:
         """Runs the forward pass; returns its outcome and the residuals, a pytree of arrays."""
         ...
@@ -99,7 +104,8 @@ class _Kept:
 
     @classmethod
     def tree_unflatten(cls, facts: _Facts, children: Any) -> _Kept:
-        return cls(*children, facts)
+        residuals, primals = children
+        return cls(residuals, primals, facts)
 
 
 class _OneCall:
@@ -188,7 +194,12 @@ class _Rest:
         self.has_unspoken = any(facts.perturbed_context) or any(self._arrays)
 
     def add(
-        self, y_bars: list[Any], updates_bars: list[Any], variables_bar: list[Any], context_bar: list[Any], arrays_bar: list[Any]
+        self,
+        y_bars: list[Any],
+        updates_bars: list[Any],
+        variables_bar: list[Any],
+        context_bar: list[Any],
+        arrays_bar: list[Any],
     ) -> None:
         """Adds the own cotangents: of the unspoken for output and updates, of all else for the updates alone."""
         session, facts = self._session, self._kept.facts

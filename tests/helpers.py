@@ -12,7 +12,7 @@ import numpy as np
 def numbers(tree: Any) -> list[np.ndarray]:
     """Lists the arrays of a tree as NumPy arrays, keys by their data."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype") and leaf.dtype != jax.dtypes.float0]
-    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731  used in the next line alone
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return [np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) for leaf in leaves]
 
 
@@ -60,7 +60,7 @@ def one_by_one(function: Any) -> Any:
 
 def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    read = lambda atom: atom.val if hasattr(atom, "val") else values[atom]  # noqa: E731  literals carry their value
+    read = lambda atom: atom.val if hasattr(atom, "val") else values[atom]
     for eqn in jaxpr.eqns:
         values.update(zip(eqn.outvars, _apply(eqn, [read(atom) for atom in eqn.invars]), strict=True))
     return [read(atom) for atom in jaxpr.outvars]

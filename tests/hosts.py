@@ -91,7 +91,6 @@ def linen_bound() -> Host:
     )
 
 
-
 def linen_scope() -> Host:
     """A `flax.core` scope; the function of it is what other frameworks have as a method."""
 
@@ -138,7 +137,7 @@ def haiku_with_state() -> Host:
     """A Haiku module inside a transform with state."""
     transformed = hk.transform_with_state(lambda use, *args: use(hk.Linear(3), *args))
     params, state = transformed.init(jax.random.PRNGKey(0), lambda mdl, x: mdl(x), the_input())
-    run = lambda params, use, *args: transformed.apply(params, state, None, use, *args)[0]  # noqa: E731
+    run = lambda params, use, *args: transformed.apply(params, state, None, use, *args)[0]
     return Host("haiku with state", params, run, "*/w", True)
 
 
@@ -151,7 +150,7 @@ def haiku_multi() -> Host:
 
     transformed = hk.multi_transform(make)
     params = transformed.init(jax.random.PRNGKey(0), the_input())
-    run = lambda params, use, *args: transformed.apply["use"](params, None, use, *args)  # noqa: E731
+    run = lambda params, use, *args: transformed.apply["use"](params, None, use, *args)
     return Host("haiku multi", params, run, "*/w", True)
 
 
@@ -159,7 +158,7 @@ def haiku_transformed() -> Host:
     """A transformed function outside, bound to its parameters."""
     transformed = hk.transform(lambda x: hk.Linear(3)(x))
     params = transformed.init(jax.random.PRNGKey(0), the_input())
-    run = lambda params, use, *args: use(bind(transformed, params), *args)  # noqa: E731
+    run = lambda params, use, *args: use(bind(transformed, params), *args)
     return Host("haiku transformed", params, run, "*/w", False)
 
 
@@ -181,7 +180,7 @@ def equinox_method() -> Host:
             return self.inner(x)
 
     params, static = eqx.partition(Layer(eqx.nn.Linear(2, 3, key=jax.random.key(0))), eqx.is_array)
-    run = lambda params, use, *args: use(eqx.combine(params, static).forward, *args)  # noqa: E731
+    run = lambda params, use, *args: use(eqx.combine(params, static).forward, *args)
     return Host("equinox method", params, run, "*/weight", False)
 
 
@@ -192,7 +191,7 @@ def plain() -> Host:
         return x @ params["kernel"] + params["bias"]
 
     params = {"kernel": jax.random.normal(jax.random.key(0), (2, 3)), "bias": jnp.zeros(3)}
-    run = lambda params, use, *args: use(jax.tree_util.Partial(dense, params), *args)  # noqa: E731
+    run = lambda params, use, *args: use(jax.tree_util.Partial(dense, params), *args)
     return Host("plain", params, run, "*kernel", False)
 
 

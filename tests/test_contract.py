@@ -48,7 +48,7 @@ def scalar(use: Any) -> Any:
 
 def gradients(host: Host, use: Any, *args: Any) -> Any:
     """Differentiates with respect to the parameters and the input."""
-    loss = lambda params, x: host.run(params, scalar(use), x, *args)  # noqa: E731
+    loss = lambda params, x: host.run(params, scalar(use), x, *args)
     return jax.grad(loss, argnums=(0, 1))(host.params, the_input())
 
 
@@ -87,7 +87,7 @@ def test_fn_alone_runs_when_no_gradient_is_asked_for(host):
 
 @pytest.mark.parametrize("grad_vars", ["params", ["params"], True], ids=str)
 def test_all_parameters_are_chosen_by_name_by_list_and_by_true(host, grad_vars):
-    vjp = lambda mdl, x: crossvjp.vjp(f, mdl, x, grad_vars=grad_vars)  # noqa: E731
+    vjp = lambda mdl, x: crossvjp.vjp(f, mdl, x, grad_vars=grad_vars)
     params_bar, _ = gradients(host, crossvjp.custom_vjp(f, vjp, bwd, grad_vars=grad_vars))
     assert_same_bits(params_bar, jax.tree.map(jnp.sign, gradients(host, f)[0]))
 
@@ -108,7 +108,7 @@ def test_a_filter_leaves_parameters_out_which_keep_their_own_gradient(host, kind
         seen.append(jax.tree.leaves(bar.variables))
         return bar.replace(variables=jax.tree.map(jnp.sign, bar.variables))
 
-    forward = lambda mdl, x: crossvjp.vjp(f, mdl, x, grad_vars=grad_vars)  # noqa: E731
+    forward = lambda mdl, x: crossvjp.vjp(f, mdl, x, grad_vars=grad_vars)
     params_bar, x_bar = gradients(host, crossvjp.custom_vjp(f, forward, backward, grad_vars=grad_vars))
     own_params_bar, own_x_bar = gradients(host, f)
     assert [leaf.ndim for leaf in seen[0]] == [2]
@@ -165,7 +165,7 @@ def test_a_snapshot_of_the_variables_is_a_residual(host):
         return f(mdl, x), (crossvjp.variables(mdl), x)
 
     def backward(residuals, y_bar):
-        snapshot, x = residuals
+        snapshot, _ = residuals
         return None, jax.tree.map(lambda leaf: 7 * leaf, snapshot)
 
     use = crossvjp.custom_vjp(f, forward, backward)
@@ -199,7 +199,7 @@ def test_the_live_module_is_refused_in_the_backward_pass_too():
         @nn.compact
         def __call__(self, x):
             dense = nn.Dense(3)
-            backward = lambda x, y_bar: (dense(x)[:2], None)  # noqa: E731
+            backward = lambda x, y_bar: (dense(x)[:2], None)
             return crossvjp.custom_vjp(f, lambda mdl, x: (f(mdl, x), x), backward)(dense, x).sum()
 
     params = Net().init(jax.random.key(0), the_input())
@@ -247,7 +247,7 @@ def test_todays_flax_gives_the_same_for_the_same_code():
 
 def test_todays_flax_signs_the_inputs_gradient_in_the_documented_example():
     """Pins the reason for `Cotangents`: if Flax turns its order round again, the README has to say so."""
-    backward = lambda vjp_fn, y_t: bwd(vjp_fn, y_t)  # noqa: E731
+    backward = lambda vjp_fn, y_t: bwd(vjp_fn, y_t)
     theirs = nn.custom_vjp(f, forward_fn=lambda mdl, x: nn.vjp(f, mdl, x), backward_fn=backward)
     host = HOSTS["linen compact"]
     params_bar, x_bar = gradients(host, theirs)
@@ -263,7 +263,7 @@ def test_the_contract_holds_for_scopes():
 
     use = crossvjp.custom_vjp(dense, lambda scope, x: crossvjp.vjp(dense, scope, x), bwd)
     _, params = flax.core.init(use)(jax.random.key(0), the_input())
-    loss = lambda fn: lambda params, x: flax.core.apply(scalar(fn))(params, x)  # noqa: E731
+    loss = lambda fn: lambda params, x: flax.core.apply(scalar(fn))(params, x)
     own = jax.grad(loss(dense), argnums=(0, 1))(params, the_input())
     for outer in (lambda g: g, jax.jit):
         params_bar, x_bar = jax.grad(outer(loss(use)), argnums=(0, 1))(params, the_input())
@@ -271,7 +271,7 @@ def test_the_contract_holds_for_scopes():
         assert_close(x_bar, own[1])
 
     kept: list[Any] = []
-    forward = lambda scope, x: (kept.append(scope), (dense(scope, x), x))[1]  # noqa: E731
+    forward = lambda scope, x: (kept.append(scope), (dense(scope, x), x))[1]
     stale = crossvjp.custom_vjp(dense, forward, lambda x, y_bar: (dense(kept[-1], x)[:2], None))
     with pytest.raises(crossvjp.HandleError, match="A scope is not usable in the backward pass"):
         jax.grad(loss(stale))(params, the_input())
@@ -291,7 +291,14 @@ def test_state_is_chosen_beside_the_parameters():
     variables = Net(f).init(jax.random.key(0), x)
     both = ["params", "batch_stats"]
     use = crossvjp.custom_vjp(f, lambda mdl, x: crossvjp.vjp(f, mdl, x, grad_vars=both), bwd, grad_vars=both)
-    loss = lambda use: lambda variables: jnp.sum(Net(use).apply(variables, x) ** 3)  # noqa: E731
+
+    def loss(use):
+        def run(variables):
+            y: Any = Net(use).apply(variables, x)
+            return jnp.sum(y**3)
+
+        return run
+
     own = jax.grad(loss(f))(variables)
     assert_same_bits(jax.grad(loss(use))(variables), jax.tree.map(jnp.sign, own))
     # With the default, the statistics keep their own gradient.
@@ -302,7 +309,7 @@ def test_state_is_chosen_beside_the_parameters():
 
 def test_haiku_state_is_chosen_beside_the_parameters():
     transformed = hk.transform_with_state(lambda use, x: use(hk.BatchNorm(True, True, 0.9), x, False))
-    call = lambda mdl, x, is_training: mdl(x, is_training)  # noqa: E731
+    call = lambda mdl, x, is_training: mdl(x, is_training)
     x = jax.random.normal(jax.random.key(1), (4, 3))
     params, state = transformed.init(None, lambda mdl, x, _: mdl(x, True), x)
     state = jax.tree.map(lambda leaf: leaf + 1 if leaf.dtype == jnp.float32 else leaf, state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import equinox as eqx
+import flax.errors
 import flax.linen as nn
 import haiku as hk
 import jax
@@ -29,7 +30,7 @@ def two(mdls, x):
 def compare(loss: Any, variables: Any, *, exact: bool = True) -> None:
     """Compares values and gradients of `loss(rule, ...)` with the identity rule and without any."""
     compared = assert_same_bits if exact else assert_close
-    unruled = lambda fn: fn  # noqa: E731
+    unruled = lambda fn: fn
     for outer in (lambda g: g, jax.jit):
         grad = jax.value_and_grad(lambda v, x, lift=identity.lift, outer=outer: outer(loss(lift))(v, x), argnums=(0, 1))
         own = jax.value_and_grad(lambda v, x, outer=outer: outer(loss(unruled))(v, x), argnums=(0, 1))
@@ -127,9 +128,7 @@ def test_linen_a_bound_method():
 
 def test_linen_partitioned_parameters_stay_boxed():
     boxed = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
-    loss, variables = linen_loss(
-        lambda self, x, lift: lift(lambda mdl, x: mdl(x))(nn.Dense(3, kernel_init=boxed), x)
-    )
+    loss, variables = linen_loss(lambda self, x, lift: lift(lambda mdl, x: mdl(x))(nn.Dense(3, kernel_init=boxed), x))
     compare(loss, variables)
     bar = jax.grad(loss(sign_gradient.lift))(variables, the_input())
     assert isinstance(bar["params"]["Dense_0"]["kernel"], nn.Partitioned)
@@ -221,9 +220,9 @@ def test_nnx_captures_what_a_wrapped_module_sows():
 
 def test_nnx_a_module_of_an_outer_trace_is_not_written_to():
     counter = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-    with pytest.raises(nnx.errors.TraceContextError if hasattr(nnx, "errors") else Exception, match="trace level"):
+    with pytest.raises(flax.errors.TraceContextError, match="trace level"):
         jax.jit(lambda x: identity(counter)(x))(jnp.ones((4, 3)))
-    assert not isinstance(counter.mean.get_value(), jax.core.Tracer)
+    np.testing.assert_array_equal(counter.mean.get_value(), jnp.zeros(3))
 
 
 def test_nnx_a_bound_method():
@@ -334,7 +333,7 @@ def test_arguments_and_outputs_of_every_kind_pass_through():
     out = identity.lift(fn)(w, *args)
     assert out["name"] == "dense"
     assert out["options"] is jnp.tanh
-    grad = lambda fn: jax.grad(lambda w, x: fn({"w": w, "act": jnp.tanh}, x, *args[1:])["y"], argnums=(0, 1))  # noqa: E731
+    grad = lambda fn: jax.grad(lambda w, x: fn({"w": w, "act": jnp.tanh}, x, *args[1:])["y"], argnums=(0, 1))
     assert_same_bits(grad(identity.lift(fn))(w["w"], args[0]), grad(fn)(w["w"], args[0]))
 
 
@@ -357,8 +356,8 @@ def test_a_gradient_through_mutated_state_arrives():
 
     def loss(lift):
         def run(variables, x):
-            _, state = Net(lift).apply(variables, x, mutable=["state"])
-            return jnp.sum(state["state"]["Accumulate_0"]["total"] ** 2)
+            state: Any = Net(lift).apply(variables, x, mutable=["state"])[1]
+            return jnp.square(state["state"]["Accumulate_0"]["total"])
 
         return run
 
@@ -407,7 +406,7 @@ def test_second_order_differentiates_the_rule():
         return jnp.sum(jnp.sin(mdl["w"] * x))
 
     w = {"w": jnp.array([1.0, 2.0])}
-    inner = lambda lift: lambda w, x: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(jax.grad(lift(fn))(w, x)))  # noqa: E731
+    inner = lambda lift: lambda w, x: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(jax.grad(lift(fn))(w, x)))
     assert_close(jax.grad(inner(identity.lift))(w, the_input()), jax.grad(inner(lambda fn: fn))(w, the_input()))
 
 

@@ -65,9 +65,9 @@ def tour(tmp_path_factory: pytest.TempPathFactory) -> Tour:
 
 
 @pytest.fixture
-def x64() -> Iterator[None]:
+def settings() -> Iterator[None]:
     """The tour's own precision."""
-    with jax.enable_x64(True):
+    with command.settings():
         yield
 
 
@@ -119,7 +119,7 @@ def test_neither_import_nor_run_changes_precision(tour: Tour) -> None:
 
 
 @pytest.mark.parametrize("framework", [PLAIN, *OTHERS.values()], ids=lambda framework: framework.label)
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("settings")
 def test_the_rule_is_on_every_layer(framework: Framework, digits: Digits) -> None:
     before = initial_arrays(0)
     # one step of plain descent shows the cotangents that it got
@@ -131,7 +131,7 @@ def test_the_rule_is_on_every_layer(framework: Framework, digits: Digits) -> Non
         assert np.sqrt(sum(squares)) == pytest.approx(0.5, rel=1e-9), layer
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("settings")
 def test_the_loss_depends_on_the_dropout_key(digits: Digits) -> None:
     training = PLAIN.load()(UnitNorm(), optax.sgd(0.0), initial_arrays(0))
     first, again, other = (float(training.step(*first_batch(digits), jax.random.key(key))) for key in (0, 0, 1))
@@ -153,7 +153,7 @@ DROPOUTS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @pytest.mark.parametrize("framework", OTHERS)
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("settings")
 def test_one_key_gives_one_dropout_mask(framework: str) -> None:
     key, x = jax.random.key(3), jnp.ones((64, 64))
     ours, reference = DROPOUTS[framework](key, x), plain.dropout(key, x)
@@ -225,9 +225,9 @@ def test_the_verdict_lists_each_fault(other: Run, baseline: Run, expected: Seque
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tour", "--steps", "0"], "argument --steps: must be an integer >= 1, but is '0'"),
-        (["tour", "--steps", "many"], "argument --steps: must be an integer >= 1, but is 'many'"),
-        (["tour", "--seed", "-1"], "argument --seed: must be an integer >= 0, but is '-1'"),
+        (["tour", "--steps", "0"], "argument --steps: must be an integer from 1 to 1000000, but is '0'"),
+        (["tour", "--steps", "many"], "argument --steps: must be an integer from 1 to 1000000, but is 'many'"),
+        (["tour", "--seed", "-1"], "argument --seed: must be an integer from 0 to 4294967295, but is '-1'"),
         (["tour", "--frameworks", "torch"], "argument --frameworks: invalid choice: 'torch'"),
         (["tour", "--out", __file__], "argument --out: can't make the folder"),
         ([], "the following arguments are required: COMMAND"),

@@ -1,0 +1,9 @@
+"""What an adapter for another framework is made of, beside `Adapter`, `Boundary` and `register_adapter`."""
+
+from ._arrays import is_inexact as is_inexact
+from ._partition import Partition as Partition
+from ._paths import Path as Path
+from ._select import Predicate as Predicate
+from ._select import check_selected as check_selected
+from ._select import predicate as predicate
+from ._select import unknown_choice as unknown_choice

@@ -1,0 +1,115 @@
+"""Pins the private names of Flax and Haiku that two adapter files use, so that an upgrade says what broke."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import flax.core
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import pytest
+from flax.linen import module as linen_module
+from flax.linen import transforms
+from haiku._src import base, mixed_precision
+from haiku._src import module as haiku_module
+from haiku._src.data_structures import ThreadLocalStack
+from haiku._src.lift import LiftingModule
+
+
+def parameters(function) -> list[str]:
+    """Lists the names of a function's parameters."""
+    return list(inspect.signature(function).parameters)
+
+
+def test_linen_gives_and_takes_a_modules_scopes():
+    assert parameters(transforms.get_module_scopes) == ["module", "args", "kwargs"]
+    assert parameters(transforms.set_module_scopes) == ["module", "args", "kwargs", "scopes"]
+    module = nn.Dense(3).bind(nn.Dense(3).init(jax.random.key(0), jnp.ones(2)))
+    scopes, _, _ = transforms.get_module_scopes(module)
+    assert scopes == [module.scope]
+    clone, _, _ = transforms.set_module_scopes(module, (), {}, [scopes[0].rewound()])
+    assert isinstance(clone, nn.Dense)
+    assert clone.scope is not module.scope
+
+
+def test_linen_modules_export_and_reimport_their_position():
+    module = nn.Dense(3).bind({})
+    exported = module._state.export()
+    exported.autoname_cursor["Dense"] = 2
+    module._state.reimport(exported)
+    assert module._state.autoname_cursor == {"Dense": 2}
+
+
+def test_linen_keeps_its_dynamic_context_where_we_look():
+    assert linen_module._global_interceptor_stack._storage == []
+    assert linen_module._context.capture_stack == []
+    assert linen_module._context.module_stack == [None]
+
+
+def test_linen_scopes_are_built_as_we_build_them():
+    expected = ["self", "variables", "rngs", "name", "mutable", "parent", "path", "debug_path", "flags"]
+    assert parameters(flax.core.Scope.__init__) == expected
+    scope = flax.core.Scope({"params": {}}, {"dropout": jax.random.key(0)})
+    assert scope.rng_counters == {"dropout": 0}
+    assert scope.root._variables is scope._variables
+    child = scope.push("child", reuse=True)
+    assert child.rng_counters in scope.rng_counters.values()
+
+
+STACKS = [
+    base.context_stack,
+    base.frame_stack,
+    base.param_creator_stack,
+    base.state_creator_stack,
+    base.param_getter_stack,
+    base.state_getter_stack,
+    base.state_setter_stack,
+    base.closure_boundary_stack,
+    haiku_module.interceptor_stack,
+]
+
+
+@pytest.mark.parametrize("stack", STACKS, ids=range(len(STACKS)))
+def test_haiku_keeps_its_context_on_thread_local_stacks(stack):
+    assert isinstance(stack, ThreadLocalStack)
+    assert stack.clone()._storage == stack._storage
+
+
+def test_haiku_keeps_the_current_policy_where_we_look():
+    assert len(mixed_precision._thread_local_state._current_policy) == 0
+
+
+def test_haiku_knows_every_stack_that_we_set():
+    """A new stack in Haiku would be one that late runs lose."""
+    known = {id(stack) for stack in STACKS}
+    found = {name for name, value in vars(base).items() if isinstance(value, ThreadLocalStack)}
+    assert {name for name in found if id(getattr(base, name)) not in known} == set()
+
+
+def test_haiku_frames_have_the_fields_that_we_copy():
+    expected = (
+        "params state rng_stack freeze_params module_stack counter_stack used_names_stack jax_trace_stack frame_id"
+    )
+    assert base.Frame._fields == tuple(expected.split())
+    assert parameters(base.Frame.evolve) == ["self", "params", "state", "rng", "decoupled"]
+
+    def look():
+        frame: Any = base.current_frame()
+        evolved = frame.evolve({}, {}, None)
+        assert len(evolved.counter_stack) == len(frame.counter_stack)
+        assert evolved.counter_stack.peek() is not frame.counter_stack.peek()
+        key, subkeys = frame.rng_stack.peek().internal_state
+        assert base.PRNGSequence((key, subkeys)).internal_state[0] is key
+
+    hk.transform(look).init(jax.random.PRNGKey(0))
+
+
+def test_haiku_lifting_modules_say_which_prefix_they_read():
+    def look():
+        hk.lift(lambda *_: {}, name="lifted")
+        assert LiftingModule(lambda: None, name="lifted").prefix_name == "lifted_1"
+
+    hk.transform(look).init(jax.random.PRNGKey(0))
