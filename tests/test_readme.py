@@ -1,0 +1,44 @@
+"""Runs every Python block of the README."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+TEXT = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+FIRST, *OTHERS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def title(block: str) -> str:
+    """Names a block by its first line."""
+    return block.splitlines()[0]
+
+
+def run(block: str, namespace: dict[str, Any]) -> None:
+    """Runs a block as a file of its own, without the future statements of this one."""
+    exec(compile(block, "README.md", "exec", dont_inherit=True), namespace)
+
+
+@pytest.mark.parametrize("block", OTHERS, ids=title)
+def test_a_block_runs_behind_the_first_and_signs_the_parameters_gradient(block):
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    run(FIRST, namespace)
+    run(block, namespace)
+    if "ClipByNorm" in namespace:
+        clipped = namespace["ClipByNorm"](0.5).lift(lambda w, x: (w * x).sum())
+        np.testing.assert_allclose(np.linalg.norm(jax.grad(clipped)(np.ones(2), namespace["x"])), 0.5, rtol=1e-6)
+        return
+    leaves = jax.tree.leaves(namespace["grads"])
+    assert leaves
+    assert all(set(np.unique(leaf)) <= {-1.0, 1.0} for leaf in leaves)
+
+
+def test_there_is_a_block_for_every_framework():
+    imports = "\n".join(OTHERS)
+    for framework in ("flax.linen", "from flax import nnx", "import haiku", "import equinox", "params = {"):
+        assert framework in imports
