@@ -13,7 +13,7 @@ from benchmarks.cases import LAYERS
 def main() -> int:
     """Runs the benchmarks and gives the exit code."""
     console = Console()
-    console.width = max(console.width, 150)  # a wrapped number can't be read
+    console.width = max(console.width, 140)  # a wrapped number can't be read
     passed = []
     for layer in LAYERS:
         table, equal = compiled.table(layer)

@@ -7,9 +7,10 @@ import importlib
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
 
-import crossvjp as cv
 import jax
 import jax.numpy as jnp
+
+import crossvjp as cv
 
 Layer: TypeAlias = Literal["dense", "block"]
 """`block` is Dense, BatchNorm and Dropout: parameters, state and a key. It stands alone; Dense may be stacked."""
@@ -21,6 +22,7 @@ Apply: TypeAlias = Callable[[Any, Any, Any], tuple[Any, Any]]
 """A pure function, `apply(params, rest, x) -> (y, new_rest)`; `rest` is state and keys."""
 
 FRAMEWORKS = {"plain JAX": "jax", "Linen": "linen", "NNX": "nnx", "Haiku": "haiku", "Equinox": "equinox"}
+WITHOUT_OWN = ("plain JAX", "Haiku")  # in plain JAX it is the rule by hand; Haiku has none
 LAYERS: tuple[Layer, ...] = get_args(Layer)
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 OURS: tuple[Variant, ...] = ("rule", "custom_vjp")
@@ -46,8 +48,13 @@ class Case:
         return score(y), new_rest
 
 
-def build(framework: str, layer: Layer, variant: Variant, depth: int = 1) -> Case | None:
-    """Builds a model in one framework, or gives `None` where the framework has no transform of its own."""
+def variants(framework: str) -> list[Variant]:
+    """Lists the ways to write the rule that the framework has."""
+    return [variant for variant in VARIANTS if variant != "own" or framework not in WITHOUT_OWN]
+
+
+def build(framework: str, layer: Layer, variant: Variant, depth: int = 1) -> Case:
+    """Builds a model of some layers in one framework, under one variant of the rule."""
     return importlib.import_module(f"benchmarks.with_{FRAMEWORKS[framework]}").case(layer, variant, depth)
 
 
@@ -94,6 +101,7 @@ def lifted(fn: Callable[..., Any], variant: Variant) -> Callable[..., Any]:
         return fn
     if variant == "rule":
         return sign_gradient.lift(fn)
+    assert variant == "custom_vjp", variant
 
     def forward(mdl: Any, *args: Any) -> Any:
         return cv.vjp(fn, mdl, *args)

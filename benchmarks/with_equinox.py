@@ -60,7 +60,7 @@ class Block(eqx.Module):
         return batched(x, state, jax.random.split(key, BATCH))
 
 
-def case(layer: Layer, variant: Variant, depth: int) -> Case | None:
+def case(layer: Layer, variant: Variant, depth: int) -> Case:
     """Builds the model of `depth` layers under one variant of the rule."""
     make = Block if layer == "block" else Dense
     made = [eqx.nn.make_with_state(make)(key) for key in jax.random.split(jax.random.key(0), depth)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import haiku as hk
@@ -33,11 +34,9 @@ class Block(hk.Module):
         return hk.dropout(hk.next_rng_key(), DROPOUT, y)
 
 
-def case(layer: Layer, variant: Variant, depth: int) -> Case | None:
+def case(layer: Layer, variant: Variant, depth: int) -> Case:
     """Builds the model of `depth` layers under one variant of the rule."""
-    if variant == "own":
-        return None
-    make = Block if layer == "block" else _linear
+    make: Callable[..., Any] = Block if layer == "block" else _linear
     if variant == "by hand":
         transformed = hk.transform_with_state(lambda x: make()(x))
         call = by_hand(_apply(transformed))

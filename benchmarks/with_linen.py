@@ -51,7 +51,7 @@ class Stack(nn.Module):
         return x
 
 
-def case(layer: Layer, variant: Variant, depth: int) -> Case | None:
+def case(layer: Layer, variant: Variant, depth: int) -> Case:
     """Builds the model of `depth` layers under one variant of the rule."""
     make = Block if layer == "block" else _dense
     if variant != "by hand":

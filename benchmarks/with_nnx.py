@@ -37,7 +37,7 @@ class Block(nnx.Module):
         return self.dropout(self.norm(self.linear(x)))
 
 
-def case(layer: Layer, variant: Variant, depth: int) -> Case | None:
+def case(layer: Layer, variant: Variant, depth: int) -> Case:
     """Builds the model of `depth` layers under one variant of the rule."""
     rngs = nnx.Rngs(0)
     layers = [Block(rngs) if layer == "block" else nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(depth)]

@@ -180,7 +180,7 @@ class _OneCall:
         if rest.has_unspoken or (not updates_asked and not all(map(_is_zero, updates_bars))):
             seeds = [zero_of(bar) for bar in updates_bars] if updates_asked else [*map(_materialized, updates_bars)]
             rest.add([*map(_materialized, y_bars)], seeds, variables_bar, context_bar, arrays_bar)
-        return None, variables_bar, context_bar, arrays_bar
+        return [None] * len(self._behaviour.arrays), variables_bar, context_bar, arrays_bar
 
 
 class _Rest:

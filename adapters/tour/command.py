@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 import crossvjp as cv
 from crossvjp.tour import data, plot, report, verdict
 from crossvjp.tour.frameworks import OTHERS, PLAIN
-from crossvjp.tour.network import Training
+from crossvjp.tour.network import Start
+from crossvjp.tour.plain import PlainTraining
 from crossvjp.tour.rule import UnitNorm
 from crossvjp.tour.train import Plan, Run, train
 
 
-def load(names: Sequence[str]) -> dict[str, type[Training]]:
-    """Imports plain JAX's network and those of the named frameworks, by the label of each.
+def load(names: Sequence[str]) -> dict[str, Start]:
+    """Imports the named frameworks; gives what starts a training in plain JAX and in each of them, by label.
 
     Raises:
         ModuleNotFoundError: a framework is not installed.
@@ -27,11 +31,11 @@ def load(names: Sequence[str]) -> dict[str, type[Training]]:
     return {framework.label: framework.load() for framework in (PLAIN, *(OTHERS[name] for name in names))}
 
 
-def run(trainings: dict[str, type[Training]], plan: Plan, out: Path) -> int:
+def run(starts: dict[str, Start], plan: Plan, out: Path) -> int:
     """Runs the tour.
 
     Args:
-        trainings: as `load` gives them, plain JAX first.
+        starts: as `load` gives them, plain JAX first.
         plan: the number of steps and the seed.
         out: an existing folder, which gets the plot.
 
@@ -39,7 +43,7 @@ def run(trainings: dict[str, type[Training]], plan: Plan, out: Path) -> int:
         0 if every framework agrees with plain JAX and learned the digits, else 1.
     """
     rule, console = UnitNorm(), Console()
-    reference, *others, baseline = train_all(rule, trainings, plan, console)
+    reference, *others, baseline = train_all(rule, starts, plan, console)
     console.print(report.table(reference, others, baseline))
     path = out / "tour.png"
     plot.save(path, type(rule).__name__, reference, others, baseline)
@@ -48,19 +52,15 @@ def run(trainings: dict[str, type[Training]], plan: Plan, out: Path) -> int:
     for fault in found:
         print(f"crossvjp tour: {fault}", file=sys.stderr)
     if not found:
-        console.print(f"Agreed: {', '.join(trainings)}.", soft_wrap=True, highlight=False)
+        console.print(f"Agreed: {', '.join(starts)}.", soft_wrap=True, highlight=False)
     return 1 if found else 0
 
 
-def train_all(rule: cv.Rule, trainings: dict[str, type[Training]], plan: Plan, console: Console) -> list[Run]:
-    """Trains in every framework under the rule, and last in plain JAX without it.
-
-    JAX computes in float64 meanwhile, and on the CPU, so that the figures do not depend on the
-    machine; other threads and code that runs later are not affected.
-    """
+def train_all(rule: cv.Rule, starts: dict[str, Start], plan: Plan, console: Console) -> list[Run]:
+    """Trains in every framework under the rule, and last in plain JAX without it."""
     digits = data.load()
-    plans = [(label, training, rule) for label, training in trainings.items()]
-    plans.append((f"{PLAIN.label}, no rule", trainings[PLAIN.label], None))
+    under_rule = {label: partial(start, rule) for label, start in starts.items()}
+    trainings = {**under_rule, f"{PLAIN.label}, no rule": partial(PlainTraining, None)}
     columns = (
         TextColumn("{task.description:<20}"),
         BarColumn(),
@@ -69,19 +69,34 @@ def train_all(rule: cv.Rule, trainings: dict[str, type[Training]], plan: Plan, c
         TextColumn("{task.fields[loss]}"),
     )
     runs = []
-    with jax.enable_x64(True), jax.default_device(_cpu()), Progress(*columns, console=console) as progress:
-        tasks = [progress.add_task(label, total=plan.steps, loss="", start=False) for label, _, _ in plans]
-        for task, (label, training, its_rule) in zip(tasks, plans, strict=True):
+    with settings(), Progress(*columns, console=console) as progress:
+        tasks = [progress.add_task(label, total=plan.steps, loss="", start=False) for label in trainings]
+        for task, (label, start) in zip(tasks, trainings.items(), strict=True):
             progress.start_task(task)
 
-            def show(loss: float, task: object = task) -> None:
+            def show(loss: float, task: TaskID = task) -> None:
                 progress.update(task, advance=1, loss=f"loss {loss:.4f}")
 
-            runs.append(train(label, training, its_rule, plan, digits, show))
+            runs.append(train(label, start, plan, digits, show))
     return runs
 
 
-def _cpu() -> jax.Device | None:
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """Computes in float64 on the CPU inside, so that the figures do not depend on the machine.
+
+    Other threads and code that runs later are not affected. Promotion is JAX's default, whatever the environment says.
+    """
+    with (
+        jax.enable_x64(True),
+        jax.default_device(_cpu()),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        yield
+
+
+def _cpu() -> Any:
     """Finds the CPU; `None`, JAX's own choice, where `JAX_PLATFORMS` leaves it out."""
     try:
         return jax.devices("cpu")[0]

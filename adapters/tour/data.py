@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -24,10 +25,10 @@ class Digits:
 
 def load() -> Digits:
     """Loads the digits; a fifth of each class is for testing, the same images every time."""
-    bundle = load_digits()
+    bundle: Any = load_digits()
     images = bundle.images[..., None] / 16.0  # (example, row, column, channel)
     parts = train_test_split(images, bundle.target, test_size=0.2, random_state=0, stratify=bundle.target)
-    train_images, test_images, train_labels, test_labels = parts
+    train_images, test_images, train_labels, test_labels = map(np.asarray, parts)
     return Digits(train_images, train_labels, test_images, test_labels)
 
 

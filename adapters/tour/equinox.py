@@ -113,7 +113,7 @@ class EquinoxTraining:
 
     def arrays(self) -> Arrays:
         """Gives the current arrays."""
-        model = self._model
+        model: Any = self._model
         mean, var = self._state.get(model.norm.batch_state_index)
         params = {
             "conv": {"kernel": model.conv.weight.transpose(2, 3, 1, 0)},
@@ -138,5 +138,6 @@ def _with_arrays(model: Network, state: eqx.nn.State, arrays: Arrays) -> tuple[N
     }
     for where, value in leaves.items():
         model = eqx.tree_at(where, model, value)
-    state = state.set(model.norm.batch_counter, jnp.array(PAST_DEBIASING))
-    return model, state.set(model.norm.batch_state_index, (statistics["mean"], statistics["var"]))
+    norm: Any = model.norm  # which has these indices in mode "batch" only, so their types have a None
+    state = state.set(norm.batch_counter, jnp.array(PAST_DEBIASING))
+    return model, state.set(norm.batch_state_index, (statistics["mean"], statistics["var"]))

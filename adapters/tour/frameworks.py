@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 
-from crossvjp.tour.network import Training
+from crossvjp.tour.network import Start
 
 
 @dataclasses.dataclass(frozen=True)
 class Framework:
-    """Where a framework's training is found, and what the report calls it."""
+    """What the report calls a framework, and where its `Training` is."""
 
     label: str
     module: str
     training: str
 
-    def load(self) -> type[Training]:
-        """Imports the framework and gives its `Training`."""
+    def load(self) -> Start:
+        """Imports the framework and gives what starts a training in it."""
         return getattr(importlib.import_module(self.module), self.training)
 
 

@@ -80,7 +80,7 @@ class HaikuTraining:
         return Arrays(common, {"norm": means})
 
 
-def _to_haiku(arrays: Arrays) -> tuple[hk.MutableParams, hk.MutableState]:
+def _to_haiku(arrays: Arrays) -> tuple[Any, Any]:
     """Renames the arrays; Haiku's batch normalisation keeps its own with all axes, `(1, 1, 1, channel)`."""
     common, keep_axes = arrays.params, lambda array: array.reshape(1, 1, 1, -1)
     params = {

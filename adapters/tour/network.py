@@ -9,6 +9,7 @@ keys alone, and everything is in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -32,7 +33,7 @@ EPSILON = 1e-5
 # 1 - MOMENTUM**count; a large count makes that 1, so that all five keep the same statistics.
 PAST_DEBIASING = 10**6
 
-Layers: TypeAlias = dict[str, dict[str, Array]]
+Layers: TypeAlias = Mapping[str, Mapping[str, Array]]
 
 
 class Arrays(NamedTuple):
@@ -48,10 +49,6 @@ class Arrays(NamedTuple):
 class Training(Protocol):
     """A network in training, in one framework."""
 
-    def __init__(self, rule: cv.Rule, optimizer: optax.GradientTransformation, arrays: Arrays):
-        """Builds the network with the rule on every layer that has parameters, and gives it these arrays."""
-        ...
-
     def step(self, images: Float[Array, "batch 8 8 1"], labels: Int[Array, " batch"], key: Key[Array, ""]) -> Array:
         """Trains on one batch; returns its loss. The key alone decides on the dropout mask."""
         ...
@@ -63,6 +60,10 @@ class Training(Protocol):
     def arrays(self) -> Arrays:
         """Gives the current arrays in the common layout."""
         ...
+
+
+# Builds a network with the rule on every layer that has parameters, and gives it the arrays.
+Start: TypeAlias = Callable[[cv.Rule, optax.GradientTransformation, Arrays], Training]
 
 
 def initial_arrays(seed: int) -> Arrays:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import optax
 from flax import nnx
 from jax import Array
@@ -48,7 +47,9 @@ class NnxTraining:
     def __init__(self, rule: cv.Rule, optimizer: optax.GradientTransformation, arrays: Arrays):
         self._model = Network(rule, nnx.Rngs(0))
         # This also makes the running statistics float64, which NNX keeps in float32 otherwise.
-        nnx.update(self._model, {name: layer | arrays.statistics.get(name, {}) for name, layer in arrays.params.items()})
+        nnx.update(
+            self._model, {name: {**layer, **arrays.statistics.get(name, {})} for name, layer in arrays.params.items()}
+        )
         self._optimizer = nnx.Optimizer(self._model, optimizer, wrt=nnx.Param)
         # A view shares its variables with the model, and has a mode of its own.
         self._evaluated = nnx.view(self._model, deterministic=True, use_running_average=True)

@@ -68,7 +68,9 @@ class PlainTraining:
         self._arrays = arrays
         self._memory = optimizer.init(arrays.params)
 
-        def loss_fn(params: Layers, statistics: Layers, images: Array, labels: Array, key: Array) -> tuple[Array, Layers]:
+        def loss_fn(
+            params: Layers, statistics: Layers, images: Array, labels: Array, key: Array
+        ) -> tuple[Array, Layers]:
             logits, statistics = network(under, params, statistics, images, key)
             return cross_entropy(logits, labels), statistics
 
@@ -76,10 +78,11 @@ class PlainTraining:
         def step(arrays: Arrays, memory: Any, images: Array, labels: Array, key: Array) -> tuple[Arrays, Any, Array]:
             (loss, statistics), grads = jax.value_and_grad(loss_fn, has_aux=True)(*arrays, images, labels, key)
             updates, memory = optimizer.update(grads, memory, arrays.params)
-            return Arrays(optax.apply_updates(arrays.params, updates), statistics), memory, loss
+            params: Any = optax.apply_updates(arrays.params, updates)
+            return Arrays(params, statistics), memory, loss
 
         self._step = step
-        self._logits = jax.jit(lambda arrays, images: network(under, *arrays, images)[0])
+        self._logits = jax.jit(lambda arrays, images: network(under, arrays.params, arrays.statistics, images)[0])
 
     def step(self, images: Array, labels: Array, key: Array) -> Array:
         """Trains on one batch; returns its loss."""

@@ -25,7 +25,7 @@ class UnitNorm(cv.Rule):
         epsilon: > 0, in units of the gradient; keeps a zero gradient zero.
 
     Reference:
-        Yu, Huang, Lin, Salakhutdinov, Carbonell (2017), arXiv:1707.04822, algorithm 1, with a layer as the block.
+        Yu, Huang, Lin, Salakhutdinov, Carbonell (2017), arXiv:1707.04822; a block is here one layer.
     """
 
     size: float = 1.0

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float64
 
-import crossvjp as cv
 from crossvjp.tour.data import Digits, batches
 from crossvjp.tour.network import Arrays, Training, initial_arrays
 
@@ -61,8 +61,7 @@ def optimizer(plan: Plan) -> optax.GradientTransformation:
 
 def train(
     label: str,
-    training: type[Training],
-    rule: cv.Rule | None,
+    start: Callable[[optax.GradientTransformation, Arrays], Training],
     plan: Plan,
     digits: Digits,
     report: Callable[[float], None],
@@ -71,8 +70,7 @@ def train(
 
     Args:
         label: what the report calls the run.
-        training: the framework's `Training`.
-        rule: the rule on every layer; `None`, in plain JAX, for plain gradients.
+        start: builds the network from an optimiser and the initial arrays.
         plan: the number of steps and the seed.
         digits: the images.
         report: is called after each step with its loss.
@@ -84,17 +82,17 @@ def train(
     every = max(1, plan.steps // SNAPSHOTS)
     losses: list[float] = []
     snapshots: dict[int, Arrays] = {}
-    start = time.perf_counter()
-    # pyright knows `None` in one constructor only; `PlainTraining` is the one that gets it
-    network = training(rule, optimizer(plan), initial_arrays(plan.seed))  # pyright: ignore[reportArgumentType]
-    seconds = time.perf_counter() - start
+    began = time.perf_counter()
+    network = start(optimizer(plan), initial_arrays(plan.seed))
+    seconds = time.perf_counter() - began
     for number, batch in enumerate(batches(len(digits.train_labels), plan.steps, plan.seed), start=1):
-        start = time.perf_counter()
-        loss = network.step(digits.train_images[batch], digits.train_labels[batch], jax.random.fold_in(key, number))
+        images, labels = jnp.asarray(digits.train_images[batch]), jnp.asarray(digits.train_labels[batch])
+        began = time.perf_counter()
+        loss = network.step(images, labels, jax.random.fold_in(key, number))
         losses.append(float(loss))
-        seconds += time.perf_counter() - start
+        seconds += time.perf_counter() - began
         report(losses[-1])
         if number % every == 0 or number == plan.steps:
             snapshots[number] = jax.tree.map(np.asarray, network.arrays())
-    guesses = np.argmax(np.asarray(network.logits(digits.test_images)), axis=-1)
+    guesses = np.argmax(np.asarray(network.logits(jnp.asarray(digits.test_images))), axis=-1)
     return Run(label, np.array(losses), snapshots, float(np.mean(guesses == digits.test_labels)), seconds)
