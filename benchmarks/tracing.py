@@ -1,7 +1,8 @@
-"""What tracing and eager calls cost: medians of runs that take turns in one process."""
+"""What tracing and eager calls cost: medians of runs that take turns in one process, and counts that need no clock."""
 
 from __future__ import annotations
 
+import cProfile
 import dataclasses
 import functools
 import gc
@@ -15,15 +16,20 @@ from rich.table import Table
 
 from benchmarks.cases import FRAMEWORKS, Case, Variant, build, variants
 
-DEPTH, SHALLOW, TRACES, CALLS = 48, 12, 7, 100
+DEPTH, SHALLOW, TRACES, CALLS = 48, 12, 9, 100
+_CAPTION = (
+    f"Ratios are to the plain model. Medians of {TRACES} traces on empty caches (CPU time of the thread) "
+    f"and of {CALLS} calls (wall time).\n"
+    "Function calls: of Python and its builtins during one trace, the same on every run.\n"
+    f"growth: of the function calls per layer from {SHALLOW} to {DEPTH} layers; above 1 is more than linear."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Median seconds."""
+    """Median seconds of a trace of the deep model, of an eager call and an eager gradient of one layer."""
 
     trace: float
-    shallow: float
     call: float
     gradient: float
 
@@ -32,51 +38,59 @@ def timings(framework: str) -> dict[Variant, Timing]:
     """Times all variants of one framework, taking turns so that a slow moment hits them alike."""
     columns = [
         _medians(_runs(framework, DEPTH, _trace), TRACES),
-        _medians(_runs(framework, SHALLOW, _trace), TRACES),
         _medians(_runs(framework, 1, _call), CALLS),
         _medians(_runs(framework, 1, _gradient), CALLS),
     ]
     return {variant: Timing(*(column[variant] for column in columns)) for variant in variants(framework)}
 
 
+def function_calls(framework: str, variant: Variant, depth: int) -> int:
+    """Counts the function calls that tracing the gradient makes."""
+    case = build(framework, "dense", variant, depth)
+    _trace(case)  # the first trace imports modules, too
+    arguments = case.arguments
+    jax.clear_caches()
+    profile = cProfile.Profile()
+    profile.runcall(_make_jaxpr, case, arguments)
+    return sum(entry.callcount for entry in profile.getstats())
+
+
 def table() -> Table:
-    """Shows milliseconds, and ratios to the model without a rule."""
+    """Shows milliseconds, counts, and ratios to the model without a rule."""
     made = Table("framework", "variant", title="Tracing and eager calls: Dense", caption=_CAPTION)
-    made.add_column(f"make_jaxpr(grad)\n{DEPTH} layers", justify="right")
-    made.add_column(f"per layer, {DEPTH}\nagainst {SHALLOW}", justify="right")
-    made.add_column("eager call\n1 layer", justify="right")
-    made.add_column("eager grad\n1 layer", justify="right")
+    for title in (
+        f"make_jaxpr(grad)\n{DEPTH} layers",
+        f"function calls\n{DEPTH} layers",
+        "growth\n",
+        "eager call\n1 layer",
+        "eager grad\n1 layer",
+    ):
+        made.add_column(title, justify="right", no_wrap=True)
     for framework in FRAMEWORKS:
         found = timings(framework)
+        deep, shallow = (
+            {variant: function_calls(framework, variant, depth) for variant in found} for depth in (DEPTH, SHALLOW)
+        )
         plain = found["plain"]
         for variant, own in found.items():
-            growth = own.trace / own.shallow * SHALLOW / DEPTH
             made.add_row(
                 framework,
                 variant,
-                _against(own.trace, plain.trace),
-                f"{growth:.2f}",
-                _against(own.call, plain.call),
-                _against(own.gradient, plain.gradient),
+                f"{1e3 * own.trace:.0f} ms {own.trace / plain.trace:5.2f}",
+                f"{deep[variant] / 1e3:.0f} k {deep[variant] / deep['plain']:5.2f}",
+                f"{deep[variant] / shallow[variant] * SHALLOW / DEPTH:.2f}",
+                f"{1e3 * own.call:.2f} ms {own.call / plain.call:5.2f}",
+                f"{1e3 * own.gradient:.2f} ms {own.gradient / plain.gradient:5.2f}",
             )
         made.add_section()
     return made
 
 
-def _against(own: float, plain: float) -> str:
-    return f"{1e3 * own:.2f} ms {own / plain:5.2f}"
-
-
 def _runs(framework: str, depth: int, run: Callable[[Case], float]) -> dict[Variant, Callable[[], float]]:
-    return {
-        variant: functools.partial(run, build(framework, "dense", variant, depth)) for variant in variants(framework)
-    }
-
-
-_CAPTION = (
-    f"Medians of {TRACES} traces on empty caches (CPU time of the thread) and of {CALLS} calls (wall time), and their "
-    "ratios to the plain model."
-)
+    runs: dict[Variant, Callable[[], float]] = {}
+    for variant in variants(framework):
+        runs[variant] = functools.partial(run, build(framework, "dense", variant, depth))
+    return runs
 
 
 def _medians(runs: dict[Variant, Callable[[], float]], rounds: int) -> dict[Variant, float]:
@@ -89,25 +103,30 @@ def _medians(runs: dict[Variant, Callable[[], float]], rounds: int) -> dict[Vari
     return {variant: statistics.median(seconds) for variant, seconds in found.items()}
 
 
+def _make_jaxpr(case: Case, arguments: tuple[Any, ...]) -> Any:
+    return jax.make_jaxpr(jax.grad(case.loss, has_aux=True))(*arguments)
+
+
 def _trace(case: Case) -> float:
     arguments = case.arguments
     jax.clear_caches()  # else JAX gives the last round's result
     gc.collect()
     # Tracing is one thread's work; its own clock leaves out what else the machine does.
-    return _seconds(lambda: jax.make_jaxpr(jax.grad(case.loss, has_aux=True))(*arguments), time.thread_time)
+    return _seconds(lambda: _make_jaxpr(case, arguments), time.thread_time)
 
 
 def _call(case: Case) -> float:
     arguments = case.arguments
-    return _seconds(lambda: case.apply(*arguments)[0], time.perf_counter)
+    return _seconds(lambda: jax.block_until_ready(case.apply(*arguments)[0]), time.perf_counter)
 
 
 def _gradient(case: Case) -> float:
     arguments = case.arguments
-    return _seconds(lambda: jax.grad(case.loss, has_aux=True)(*arguments)[0], time.perf_counter)
+    gradient = jax.grad(case.loss, has_aux=True)
+    return _seconds(lambda: jax.block_until_ready(gradient(*arguments)[0]), time.perf_counter)
 
 
 def _seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
     start = clock()
-    jax.block_until_ready(run())
+    run()
     return clock() - start

@@ -72,7 +72,7 @@ def _add_tour(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
 def _tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         command = importlib.import_module("crossvjp.tour.command")
-        trainings = command.load(list(dict.fromkeys(options.frameworks)))
+        starts = command.load(list(dict.fromkeys(options.frameworks)))
     except ModuleNotFoundError as error:
         package = (error.name or str(error)).partition(".")[0]
         print(
@@ -87,7 +87,7 @@ def _tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"argument --out: can't make the folder {str(options.out)!r}: {error.strerror}")
     if not os.access(options.out, os.W_OK):
         parser.error(f"argument --out: can't write into the folder {str(options.out)!r}")
-    return command.run(trainings, command.Plan(options.steps, options.seed), options.out)
+    return command.run(starts, command.Plan(options.steps, options.seed), options.out)
 
 
 def _integer(least: int, most: int) -> Callable[[str], int]:

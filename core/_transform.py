@@ -10,6 +10,7 @@ own arguments, and only if something there is differentiated.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -114,7 +115,6 @@ class _OneCall:
     def __init__(self, session: Session, behaviour: Behaviour):
         self._session = session
         self._behaviour = behaviour
-        self._outcome: Outcome | None = None
         self.layout: Layout
         self.updates_layout: Layout
 
@@ -122,13 +122,18 @@ class _OneCall:
         call = jax.custom_vjp(self._primal)
         # Symbolic zeros say what is differentiated at all, which decides what has to be kept. The
         # coming implementation of custom_vjp does not have them yet; then all counts as differentiated.
-        self._symbolic = not getattr(jax.config, "jax_custom_vjp3", False)
-        call.defvjp(self._forward, self._backward, symbolic_zeros=self._symbolic)
-        return call(*groups)
+        call.defvjp(self._forward, self._backward, symbolic_zeros=not getattr(jax.config, "jax_custom_vjp3", False))
+        self._ends = list(itertools.accumulate(map(len, groups)))
+        # One argument an array: under remat, the coming implementation takes no trees.
+        return call(*itertools.chain(*groups))
 
-    def _primal(self, own: Any, variables: Any, context: Any, arrays: Any) -> tuple[list[Any], list[Any]]:
-        outcome = self._session.run(self._session.fn, variables, context, arrays)
-        return self._record(outcome)
+    def _grouped(self, flat: Sequence[Any]) -> list[list[Any]]:
+        """Cuts the flat arguments into the rule's own arrays, variables, context and inputs."""
+        return [list(flat[start:end]) for start, end in itertools.pairwise([0, *self._ends])]
+
+    def _primal(self, *flat: Any) -> tuple[list[Any], list[Any]]:
+        _, variables, context, arrays = self._grouped(flat)
+        return self._record(self._session.run(self._session.fn, variables, context, arrays))
 
     def _record(self, outcome: Outcome) -> tuple[list[Any], list[Any]]:
         """Keeps the static half of a run's results, and checks that all runs agree."""
@@ -140,8 +145,9 @@ class _OneCall:
 
     _outcome_layouts: tuple[Layout, tuple[ArrayType, ...], Layout] | None = None
 
-    def _forward(self, *groups: Any) -> tuple[tuple[list[Any], list[Any]], _Kept]:
-        own, variables, context, arrays = (_values(group) for group in groups)
+    def _forward(self, *flat: Any) -> tuple[tuple[list[Any], list[Any]], _Kept]:
+        groups = self._grouped(flat)
+        own, variables, context, arrays = map(_values, groups)
         outcome, residuals = self._behaviour.forward(self._session, own, variables, context, arrays)
         results = self._record(outcome)
         facts = _Facts(
@@ -180,7 +186,7 @@ class _OneCall:
         if rest.has_unspoken or (not updates_asked and not all(map(_is_zero, updates_bars))):
             seeds = [zero_of(bar) for bar in updates_bars] if updates_asked else [*map(_materialized, updates_bars)]
             rest.add([*map(_materialized, y_bars)], seeds, variables_bar, context_bar, arrays_bar)
-        return [None] * len(self._behaviour.arrays), variables_bar, context_bar, arrays_bar
+        return (*[None] * len(self._behaviour.arrays), *variables_bar, *context_bar, *arrays_bar)
 
 
 class _Rest:
