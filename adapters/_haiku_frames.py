@@ -16,7 +16,6 @@ from crossvjp import HandleError
 
 # Thread-local stacks that a call runs under. A late run finds them empty, so each run sets them.
 _STACKS: tuple[Any, ...] = (
-    base.context_stack,
     base.param_creator_stack,
     base.state_creator_stack,
     base.param_getter_stack,
@@ -36,11 +35,13 @@ class Frame:
     """A copy of the current frame: names, counters and everything else that a run depends on but its arrays."""
 
     def __init__(self) -> None:
-        self._live = base.current_frame()
-        self._start = self._live.evolve(None, None, None)
+        self._live: Any = base.current_frame()
+        self._start = self._live.evolve(None, None, None)._replace(rng_stack=_no_keys())
+        self._context: Any = base.current_context()
         self._stacks = [stack.clone() for stack in _STACKS]
         self.params: Mapping[str, Mapping[str, Any]] = self._live.params
         self.state: Mapping[str, Mapping[str, Any]] = self._live.state or {}
+        self._known = {*self.params, *self.state}
         sequence = self._live.rng_stack.peek()
         self.rng = None if sequence is None else sequence.internal_state
 
@@ -71,18 +72,18 @@ class Frame:
         frame = self._start.evolve({module: dict(values) for module, values in params.items()}, pairs, sequence)
 
         def refuse_missed(next_creator: Any, shape: Any, dtype: Any, init: Any, context: Any) -> Any:
-            known = context.module_name in self.params or context.module_name in self.state
-            if held is not None and known and context.module_name not in held:
+            if held is not None and context.module_name in self._known and context.module_name not in held:
                 raise MissedError
             return next_creator(shape, dtype, init)
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._entered())
+            stack.enter_context(base.context_stack(self._context))
             stack.enter_context(base.frame_stack(frame))
             stack.enter_context(base.push_jax_trace_level())
             stack.enter_context(hk.custom_creator(refuse_missed, params=True, state=True))
             out = fn()
-            self._after = frame
+            self._names = frame.counter_stack, frame.used_names_stack
         current = {
             module: {name: pair.current for name, pair in held.items()} for module, held in pairs.items() if held
         }
@@ -100,10 +101,17 @@ class Frame:
                 live.state[module][name] = base.StatePair(value if before is None else before.initial, value)
         if rng is not None:
             live.rng_stack.peek().replace_internal_state(rng)
-        for counter, after in zip(live.counter_stack, self._after.counter_stack, strict=True):
+        counters, used_names = self._names
+        for counter, after in zip(live.counter_stack, counters, strict=True):
             counter.update({name: count - counter[name] for name, count in after.items()})
-        for names, after in zip(live.used_names_stack, self._after.used_names_stack, strict=True):
+        for names, after in zip(live.used_names_stack, used_names, strict=True):
             names |= after
+
+    def release(self) -> None:
+        """Lets go of the live frame and its context; late runs get an empty context."""
+        self._live = None
+        self._context = base.new_context(params={}, state={}, rng=None)
+        self.params, self.state, self.rng = {}, {}, None
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
@@ -116,6 +124,11 @@ class Frame:
         finally:
             for stack, storage in zip(_STACKS, saved, strict=True):
                 stack._storage = storage
+
+
+def _no_keys() -> Any:
+    """Makes a stack without RNG sequences; each run pushes its own."""
+    return type(base.current_frame().rng_stack)()
 
 
 def touched_by(run: Callable[[], None]) -> set[str]:

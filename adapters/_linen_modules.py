@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,10 +39,20 @@ class OpenedModule:
         object.__setattr__(module, "_state", self.state.export())
         return module
 
-    def take_names(self, rebuilt: Any) -> None:
-        """Lets the live module go on counting names where its copy stopped."""
+    def detached(self) -> OpenedModule:
+        """Gives the same without the live variables: the module's attributes, bound to empty scopes."""
+        empty = [Scope({}, name=scope.name) for scope in self.scopes]
+        handle = empty[0] if isinstance(self.handle, Scope) else self.rebuild(empty)
+        return OpenedModule(handle, empty, self.state)
+
+    def names_of(self, rebuilt: Any) -> Any:
+        """Reads off a copy of the module where it stopped counting the names of its children."""
+        return None if isinstance(self.handle, Scope) else rebuilt._state.export()
+
+    def take_names(self, names: Any) -> None:
+        """Lets the live module go on counting there."""
         if not isinstance(self.handle, Scope):
-            self.handle._state.reimport(rebuilt._state)
+            self.handle._state.reimport(names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +86,65 @@ class Ambient:
             stack._storage, context.capture_stack = saved
 
 
-def variables_of(scope: Scope) -> Any:
-    """Gives the very mapping that a scope's tree keeps its variables in; its identity tells scopes apart."""
-    return scope.root._variables
+@dataclasses.dataclass(frozen=True)
+class ScopeFacts:
+    """All of a scope but its variables, keys and counters."""
+
+    name: str | None
+    mutable: Any
+    path: tuple[str, ...]
+    debug_path: tuple[str, ...]
+    flags: Any
+
+    @staticmethod
+    def of(scope: Scope) -> ScopeFacts:
+        """Reads them off a live scope."""
+        return ScopeFacts(scope.name, scope.mutable, scope.path, scope.debug_path, scope.flags)
+
+    def scope(self, variables: dict[str, Any], keys: Any, counters: Any) -> Scope:
+        """Makes a scope of its own with other variables."""
+        scope = Scope(
+            variables,
+            keys,
+            self.name,
+            self.mutable,
+            parent=None,
+            path=self.path,
+            debug_path=self.debug_path,
+            flags=self.flags,
+        )
+        scope.rng_counters = counters
+        return scope
+
+
+class ClosedScopes:
+    """The scopes that no backward pass may use: the live ones, and those of finished runs."""
+
+    def __init__(self, live: Sequence[Scope]):
+        # Weakly, for the live variables may be tracers, and must not outlive their trace.
+        self._live = [weakref.ref(scope.root) for scope in live]
+        self._spent: list[Any] = []
+
+    def add(self, variables: dict[str, Any]) -> None:
+        """Adds the mapping in which a finished run kept its variables."""
+        self._spent.append(variables)
+
+    def _holds(self, scope: Scope) -> bool:
+        live = [root._variables for reference in self._live if (root := reference()) is not None]
+        return any(scope.root._variables is variables for variables in (*live, *self._spent))
+
+    @contextlib.contextmanager
+    def refused(self) -> Iterator[None]:
+        """Makes every call of a module of these scopes an error."""
+
+        def refuse(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            scope = context.module.scope
+            if scope is not None and self._holds(scope):
+                raise _gone(f"The Linen module {type(context.module).__name__} at {scope.path_text}")
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(refuse):
+            yield
 
 
 def spend(scope: Scope) -> None:
@@ -88,21 +155,6 @@ def spend(scope: Scope) -> None:
 
     for name in ("reserve", "push", "variables", "get_variable", "has_variable", "put_variable", "make_rng", "rewound"):
         setattr(scope, name, refuse)
-
-
-@contextlib.contextmanager
-def refuse_calls(closed: Sequence[Any]) -> Iterator[None]:
-    """Makes every call of a module whose variables are among `closed` an error."""
-    identities = {id(variables) for variables in closed}
-
-    def refuse(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        scope = context.module.scope
-        if scope is not None and id(variables_of(scope)) in identities:
-            raise _gone(f"The Linen module {type(context.module).__name__} at {scope.path_text}")
-        return next_fun(*args, **kwargs)
-
-    with nn.intercept_methods(refuse):
-        yield
 
 
 def _gone(what: str) -> HandleError:

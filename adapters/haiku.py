@@ -43,10 +43,10 @@ class HaikuBoundary:
         tree = {"params": kept(frame.params), "state": state}
         wanted = predicate(grad_vars, _named)
         self._partition = Partition(tree, lambda path, leaf: _chosen(wanted, path, leaf, self._with_state), grad_vars)
-        both = self._partition.variables
+        both, rest = self._partition.take()
         self.variables = both if self._with_state else both["params"]
         initial = {module: {name: pair.initial for name, pair in values.items()} for module, values in pairs.items()}
-        self.context = (self._partition.context, initial, frame.rng)
+        self.context = (rest, initial, frame.rng)
 
     def call(self, fn: Callable[..., Any], variables: Any, context: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         self.called = True
@@ -60,8 +60,9 @@ class HaikuBoundary:
         return out, {**changed, "rng": rng_after if drawn else None}
 
     def publish(self, updates: Mapping[str, Any]) -> None:
-        """Writes the updates into the live frame."""
+        """Writes the updates into the live frame, and lets go of it."""
         self._frame.publish(updates["params"], updates["state"], updates["rng"])
+        self._frame.release()
 
     def closed(self) -> contextlib.AbstractContextManager[None]:
         return refuse_frames()
@@ -107,7 +108,8 @@ class HaikuAdapter:
 
         touched = touched_by(run)
         frame = Frame()
-        return {name for name in {*frame.params, *frame.state} if not cell[0].called or _is_below(name, touched)}
+        called = cell.pop().called  # JAX keeps `run`, which must not keep the boundary
+        return {name for name in {*frame.params, *frame.state} if not called or _is_below(name, touched)}
 
 
 def _inside_transform() -> bool:

@@ -18,7 +18,7 @@ from flax.core import Scope
 from flax.core.scope import in_filter
 
 from crossvjp import ArgumentError, HandleError
-from crossvjp.adapters._linen_modules import Ambient, OpenedModule, refuse_calls, spend, variables_of
+from crossvjp.adapters._linen_modules import Ambient, ClosedScopes, OpenedModule, ScopeFacts, spend
 from crossvjp.extend import Partition, Predicate, predicate, unknown_choice
 
 
@@ -30,14 +30,15 @@ class LinenBoundary:
     """
 
     def __init__(self, mdl: Any, grad_vars: Any):
-        self._parts, self._treedef = jax.tree.flatten(mdl, is_leaf=_is_handle)
-        self._modules = [_opened(part) for part in self._parts]
+        parts, self._treedef = jax.tree.flatten(mdl, is_leaf=_is_handle)
+        self._modules = [_opened(part) for part in parts]
         scopes = [scope for module in self._modules for scope in module.scopes]
-        self._roots, self._places = _outermost(scopes)
-        self._prefixes = _prefixes(self._roots)
-        self._counters = [_copied(root.rng_counters) for root in self._roots]
+        self._live, self._places = _outermost(scopes)
+        self._roots = [ScopeFacts.of(root) for root in self._live]
+        self._prefixes = _prefixes(self._live)
+        self._counters = [_copied(root.rng_counters) for root in self._live]
         self._ambient = Ambient.current()
-        self._closed = [variables_of(root) for root in self._roots]
+        self._closed = ClosedScopes(self._live)
 
         def named(word: Any) -> Predicate:
             try:
@@ -47,12 +48,13 @@ class LinenBoundary:
             return lambda path, leaf: in_filter(word, path[0])
 
         tree: dict[str, Any] = {}
-        for root, prefix in zip(self._roots, self._prefixes, strict=True):
+        for root, prefix in zip(self._live, self._prefixes, strict=True):
             for collection, values in root.variables().items():
                 _graft(tree.setdefault(collection, {}), prefix, _copied(values))
         self._partition = Partition(tree, predicate(grad_vars, named), grad_vars)
-        self.variables = {name: held for name, held in self._partition.variables.items() if jax.tree.leaves(held)}
-        self.context = (self._partition.context, [dict(root.rngs) for root in self._roots])
+        variables, rest = self._partition.take()
+        self.variables = {name: held for name, held in variables.items() if jax.tree.leaves(held)}
+        self.context = (rest, [dict(root.rngs) for root in self._live])
 
     def call(self, fn: Callable[..., Any], variables: Any, context: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         arrays, rngs = context
@@ -60,7 +62,7 @@ class LinenBoundary:
         given = [_subtree(tree, prefix) for prefix in self._prefixes]
         held = [_copied(values) for values in given]
         scopes = [
-            _inner(root, values, keys, _copied(counters))
+            root.scope(values, keys, _copied(counters))
             for root, values, keys, counters in zip(self._roots, held, rngs, self._counters, strict=True)
         ]
         opened = [_descend(scopes, *place) for place in self._places]
@@ -70,27 +72,33 @@ class LinenBoundary:
             out = fn(jax.tree.unflatten(self._treedef, handles), *args, **kwargs)
         updates = [_changed(now, before) for now, before in zip(held, given, strict=True)]
         self._after = [_copied(scope.rng_counters) for scope in scopes]
-        self._rebuilt = handles
+        self._names = [module.names_of(handle) for module, handle in zip(self._modules, handles, strict=True)]
         for part in handles:
             if isinstance(part, Scope):
                 spend(part)
         for values in held:  # a module of this run that is used later finds nothing, rather than old values
-            self._closed.append(values)
+            self._closed.add(values)
             _empty(values)
         return out, updates
 
     def publish(self, updates: list[Any]) -> None:
         """Writes the updates, the RNG counters and the names given inside into the live scopes and modules."""
-        for root, collections, counters in zip(self._roots, updates, self._after, strict=True):
+        for root, collections, counters in zip(self._live, updates, self._after, strict=True):
             for collection, values in collections.items():
                 for name, value in values.items():
                     root.put_variable(collection, name, value)
             _overwrite(root.rng_counters, counters)
-        for module, rebuilt in zip(self._modules, self._rebuilt, strict=True):
-            module.take_names(rebuilt)
+        for module, names in zip(self._modules, self._names, strict=True):
+            module.take_names(names)
+        self._release()
+
+    def _release(self) -> None:
+        """Lets go of the live scopes and modules, for JAX keeps the boundary for late runs."""
+        self._live = []
+        self._modules = [module.detached() for module in self._modules]
 
     def closed(self) -> contextlib.AbstractContextManager[None]:
-        return refuse_calls(self._closed)
+        return self._closed.refused()
 
 
 class LinenAdapter:
@@ -166,14 +174,6 @@ def _prefixes(roots: list[Scope]) -> list[tuple[str, ...]]:
     while len({root.path[: common + 1] for root in roots}) == 1:
         common += 1
     return [tuple(root.path[common:]) for root in roots]
-
-
-def _inner(root: Scope, values: dict[str, Any], keys: Any, counters: Any) -> Scope:
-    scope = Scope(
-        values, keys, root.name, root.mutable, parent=None, path=root.path, debug_path=root.debug_path, flags=root.flags
-    )
-    scope.rng_counters = counters
-    return scope
 
 
 def _descend(scopes: list[Scope], index: int, below: tuple[str, ...]) -> Scope:

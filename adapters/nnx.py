@@ -60,7 +60,7 @@ class NnxBoundary:
         check_selected(grad_vars, len(jax.tree.leaves(variables)), seen)
         # `split` gives the live Variables themselves; copies keep later writes to the module out.
         self.variables, self.context = jax.tree.map(lambda leaf: leaf, (variables, context))
-        self._mdl = mdl
+        self._mdl: Any = mdl
 
     def call(self, fn: Callable[..., Any], variables: Any, context: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         mdl = nnx.merge(self._graphdef, variables, context, copy=True)
@@ -88,6 +88,7 @@ class NnxBoundary:
                 new[at.path] = value
         if new:
             nnx.update(self._mdl, nnx.from_flat_state(new))
+        self._mdl = None  # JAX keeps the boundary for late runs, and the live module may hold tracers
 
     def closed(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()  # the Variables of every run are spent already

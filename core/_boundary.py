@@ -15,7 +15,11 @@ class Boundary(Protocol):
     """What the core sees of an opened module handle: its arrays, and a pure way to call functions of it."""
 
     variables: PyTree
-    """The arrays that `grad_vars` chose, in the framework's own containers; every leaf differentiable."""
+    """The arrays that `grad_vars` chose, in the framework's own containers; every leaf differentiable.
+
+    The core sets both trees to `None` when the call is over. JAX keeps the boundary for late runs, so
+    an adapter, too, lets go of live modules and tracers when it has published.
+    """
 
     context: PyTree
     """Every other array that a call may read: other collections, state, RNG keys and counters."""

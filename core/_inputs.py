@@ -30,11 +30,16 @@ class Handle:
         self.adapter: Adapter = adapter_of(module)
         self.held = held_modules(self.adapter, (args, kwargs)) if self.adapter.by_reference else []
         self.opened = (module, self.held) if self.held else module
+        self._holds = bool(self.held)
 
     def split(self, inner: Any) -> tuple[Any, Sequence[Any]]:
         """Takes the module that the adapter rebuilt apart: the user's handle, and the modules among the arguments."""
-        module, held = inner if self.held else (inner, ())
+        module, held = inner if self._holds else (inner, ())
         return (module if self._method is None else types.MethodType(self._method, module)), held
+
+    def release(self) -> None:
+        """Lets go of the live modules; late runs get rebuilt ones."""
+        self.opened, self.held = None, []
 
 
 @dataclasses.dataclass(frozen=True)

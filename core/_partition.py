@@ -34,9 +34,15 @@ class Partition:
             able and wanted(path, leaf) for able, path, leaf in zip(inexact, paths, self._leaves, strict=True)
         ]
         check_selected(grad_vars, sum(self._chosen), [p for p, able in zip(paths, inexact, strict=True) if able])
-        self.variables = self._holed(chosen=True)
-        self.context, self._layout = take_apart(self._holed(chosen=False))
-        del self._leaves  # a late run must not reach the arrays of the first one
+        context, self._layout = take_apart(self._holed(chosen=False))
+        self._halves = self._holed(chosen=True), context
+        del self._leaves
+
+    def take(self) -> tuple[Any, list[Any]]:
+        """Hands over the variables and the context, once: what late runs keep must hold no array."""
+        halves = self._halves
+        del self._halves
+        return halves
 
     def combine(self, variables: Any, context: Any) -> Any:
         """Puts the tree together again around other arrays."""

@@ -51,6 +51,11 @@ class Session:
         self.variables_types = tuple(map(ArrayType.of, self.variables))
         self.signature = Spec(self.variables_def, self.variables_types, tuple(inputs.differentiable), inputs.keywords)
 
+    def release(self) -> None:
+        """Lets go of the call's arrays: late runs get theirs as arguments, and JAX keeps what they run on."""
+        self.variables = self.context = []
+        self.boundary.variables = self.boundary.context = None
+
     def run(
         self,
         fn: Callable[..., Any],

@@ -70,11 +70,12 @@ def transformed_call(
         session = Session(boundary, handle, inputs, fn)
         call = _OneCall(session, behaviour)
         out, updates = call(list(behaviour.arrays), session.variables, session.context, inputs.arrays)
-        session.variables = session.context = []  # late runs get theirs as arguments
+        session.release()
         return call.layout.fill(out), call.updates_layout.fill(updates)
 
     out = handle.adapter.lift(handle.opened, grad_vars, body)
-    inputs.arrays = []  # from now on they come from outside
+    inputs.arrays = []
+    handle.release()
     return out
 
 

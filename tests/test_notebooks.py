@@ -8,6 +8,7 @@ import re
 import nbclient
 import nbformat
 import pytest
+from nbclient.exceptions import CellExecutionError
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -41,5 +42,5 @@ def test_a_notebook_keeps_the_outputs_of_a_full_run(path):
 
 def test_a_false_claim_fails():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("assert 1 + 1 == 3")])
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="AssertionError"):
+    with pytest.raises(CellExecutionError, match="AssertionError"):
         nbclient.NotebookClient(notebook, timeout=60).execute()
