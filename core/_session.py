@@ -32,6 +32,10 @@ class Outcome:
         """The types of the output's arrays."""
         return tuple(map(ArrayType.of, self.arrays))
 
+    def without_arrays(self) -> Outcome:
+        """Gives the static half: the types stand for the output's arrays."""
+        return Outcome(list(self.output_types), self.layout, [], self.updates_layout)
+
 
 class Session:
     """An open boundary together with the call's arguments, everything flattened once.

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import jax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from ._arrays import ArrayType, Layout, is_inexact
+from ._arrays import Layout, is_inexact
 from ._errors import ArgumentError
 from ._inputs import Handle, Inputs
-from ._session import Outcome, Session, merge, pick, zero_of
+from ._own_derivative import Bars, own_pullback, place
+from ._session import Outcome, Session, zero_of
 
 
 class Behaviour(Protocol):
@@ -84,12 +85,8 @@ class _Facts:
     """What the backward pass must know about its forward pass, static."""
 
     layout: Layout
-    updates_types: tuple[ArrayType, ...]
     perturbed_context: tuple[bool, ...]
     perturbed_arrays: tuple[bool, ...]
-
-    def __hash__(self) -> int:
-        return hash((self.perturbed_context, self.perturbed_arrays, self.updates_types))
 
 
 @jax.tree_util.register_pytree_node_class
@@ -113,11 +110,13 @@ class _Kept:
 class _OneCall:
     """One `jax.custom_vjp`, and the static half of what its runs return."""
 
+    layout: Layout
+    updates_layout: Layout
+
     def __init__(self, session: Session, behaviour: Behaviour):
         self._session = session
         self._behaviour = behaviour
-        self.layout: Layout
-        self.updates_layout: Layout
+        self._seen: Outcome | None = None
 
     def __call__(self, *groups: list[Any]) -> tuple[list[Any], list[Any]]:
         call = jax.custom_vjp(self._primal)
@@ -138,126 +137,85 @@ class _OneCall:
 
     def _record(self, outcome: Outcome) -> tuple[list[Any], list[Any]]:
         """Keeps the static half of a run's results, and checks that all runs agree."""
-        if self._outcome_layouts is not None:
-            _check_same(self._outcome_layouts, outcome)
+        if self._seen is not None:
+            _check_same(self._seen, outcome)
         self.layout, self.updates_layout = outcome.layout, outcome.updates_layout
-        self._outcome_layouts = (outcome.layout, outcome.output_types, outcome.updates_layout)
+        self._seen = outcome.without_arrays()
         return outcome.arrays, outcome.updates
-
-    _outcome_layouts: tuple[Layout, tuple[ArrayType, ...], Layout] | None = None
 
     def _forward(self, *flat: Any) -> tuple[tuple[list[Any], list[Any]], _Kept]:
         groups = self._grouped(flat)
         own, variables, context, arrays = map(_values, groups)
         outcome, residuals = self._behaviour.forward(self._session, own, variables, context, arrays)
         results = self._record(outcome)
-        facts = _Facts(
-            outcome.layout,
-            tuple(map(ArrayType.of, outcome.updates)),
-            tuple(_perturbed(leaf) for leaf in groups[2]),
-            tuple(_perturbed(leaf) for leaf in groups[3]),
-        )
+        perturbed_context, perturbed_arrays = (tuple(map(_perturbed, group)) for group in groups[2:])
         keywords = [index for part in self._session.inputs.keywords.values() for index in part.indices]
-        unspoken = any(facts.perturbed_context) or any(facts.perturbed_arrays[index] for index in keywords)
+        unspoken = any(perturbed_context) or any(perturbed_arrays[index] for index in keywords)
         needed = unspoken or any(map(is_inexact, outcome.updates))
+        facts = _Facts(outcome.layout, perturbed_context, perturbed_arrays)
         return results, _Kept(residuals, (variables, context, arrays) if needed else (), facts)
 
-    def _backward(self, kept: _Kept, bars: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
-        session, facts = self._session, kept.facts
-        y_bars, updates_bars = bars
-        count = len(facts.perturbed_arrays)
-        arrays_bar: list[Any] = [None] * count
-        variables_bar: list[Any] = [None] * len(session.variables_types)
-        spoken: set[int] = {index for part in session.inputs.without_gradient for index in part.indices}
-        updates_asked = self._behaviour.asks_updates
-        if not all(_is_zero(bar) for bar in y_bars) or (updates_asked and not all(map(_is_zero, updates_bars))):
-            y_bar = facts.layout.fill_arrays_only([_materialized(bar) for bar in y_bars])
-            updates_bar = self.updates_layout.fill_arrays_only([_materialized(bar) for bar in updates_bars])
-            with session.boundary.closed():
-                result = self._behaviour.backward(session, kept.residuals, y_bar, updates_bar)
-            by_position, by_keyword, variables_bar = result
-            for part, flat in zip(session.inputs.differentiable, by_position, strict=True):
-                _place(arrays_bar, part.indices, flat)
-            for name, flat in by_keyword.items():
-                _place(arrays_bar, session.inputs.keywords[name].indices, flat)
-                spoken |= set(session.inputs.keywords[name].indices)
-        spoken |= {index for part in session.inputs.differentiable for index in part.indices}
-        context_bar: list[Any] = [None] * len(facts.perturbed_context)
-        rest = _Rest(session, kept, spoken)
-        if rest.has_unspoken or (not updates_asked and not all(map(_is_zero, updates_bars))):
-            seeds = [zero_of(bar) for bar in updates_bars] if updates_asked else [*map(_materialized, updates_bars)]
-            rest.add([*map(_materialized, y_bars)], seeds, variables_bar, context_bar, arrays_bar)
-        return (*[None] * len(self._behaviour.arrays), *variables_bar, *context_bar, *arrays_bar)
+    def _backward(self, kept: _Kept, results_bar: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
+        y_bars, updates_bars = results_bar
+        bars = Bars.zero(*(end - start for start, end in itertools.pairwise(self._ends)))
+        spoken = self._add_rule(bars, kept, y_bars, updates_bars)
+        self._add_rest(bars, kept, y_bars, updates_bars, spoken)
+        return (*[None] * self._ends[0], *bars.variables, *bars.context, *bars.arrays)
+
+    def _add_rule(self, bars: Bars, kept: _Kept, y_bars: list[Any], updates_bars: list[Any]) -> set[int]:
+        """Runs the rule; returns the positions of the inputs that it answers for."""
+        inputs, asked = self._session.inputs, self._behaviour.asks_updates
+        spoken = {index for part in (*inputs.differentiable, *inputs.without_gradient) for index in part.indices}
+        if all(map(_is_zero, y_bars)) and not (asked and not all(map(_is_zero, updates_bars))):
+            return spoken  # the pullback of zero is zero, and a rule that normalises would make NaN of it
+        y_bar = kept.facts.layout.fill_arrays_only(map(_materialized, y_bars))
+        updates_bar = self.updates_layout.fill_arrays_only(map(_materialized, updates_bars)) if asked else None
+        with self._session.boundary.closed():
+            answer = self._behaviour.backward(self._session, kept.residuals, y_bar, updates_bar)
+        by_position, by_keyword, bars.variables = answer
+        for part, flat in zip(inputs.differentiable, by_position, strict=True):
+            place(bars.arrays, part.indices, flat)
+        for name, flat in by_keyword.items():
+            place(bars.arrays, inputs.keywords[name].indices, flat)
+            spoken |= set(inputs.keywords[name].indices)
+        return spoken
+
+    def _add_rest(self, bars: Bars, kept: _Kept, y_bars: list[Any], updates_bars: list[Any], spoken: set[int]) -> None:
+        """Adds the module's own derivative of all that the rule does not speak of."""
+        inputs, facts = self._session.inputs, kept.facts
+        unspoken = [index for index, able in enumerate(facts.perturbed_arrays) if able and index not in spoken]
+        updates_flow = not all(map(_is_zero, updates_bars))
+        updates_unspoken = updates_flow and not self._behaviour.asks_updates
+        if not (unspoken or updates_unspoken or any(facts.perturbed_context)):
+            return
+        pullback = own_pullback(self._session, kept.primals, facts.perturbed_context)
+        sources = []
+        if unspoken or any(facts.perturbed_context):
+            sources.append(pullback([*map(_materialized, y_bars)], None))
+        if updates_flow:
+            sources.append(pullback(None, [*map(_materialized, updates_bars)]))
+        for own in sources:
+            place(bars.context, range(len(own.context)), own.context)
+            place(bars.arrays, unspoken, [own.arrays[index] for index in unspoken])
+        if updates_unspoken:
+            through_updates = sources[-1]
+            place(bars.variables, range(len(bars.variables)), through_updates.variables)
+            answered = [index for part in inputs.differentiable for index in part.indices]
+            answered += [index for part in inputs.keywords.values() for index in part.indices if index in spoken]
+            place(bars.arrays, answered, [through_updates.arrays[index] for index in answered])
 
 
-class _Rest:
-    """The module's own derivative of everything that the rule does not speak of."""
-
-    def __init__(self, session: Session, kept: _Kept, spoken: set[int]):
-        self._session = session
-        self._kept = kept
-        facts = kept.facts
-        self._arrays = [able and index not in spoken for index, able in enumerate(facts.perturbed_arrays)]
-        self.has_unspoken = any(facts.perturbed_context) or any(self._arrays)
-
-    def add(
-        self,
-        y_bars: list[Any],
-        updates_bars: list[Any],
-        variables_bar: list[Any],
-        context_bar: list[Any],
-        arrays_bar: list[Any],
-    ) -> None:
-        """Adds the own cotangents: of the unspoken for output and updates, of all else for the updates alone."""
-        session, facts = self._session, self._kept.facts
-        variables, context, arrays = self._kept.primals
-        inexact = [is_inexact(array) for array in arrays]
-        context_mask = facts.perturbed_context
-        kinds: list[list[bool]] = []
-
-        def primal(variables: Any, chosen_context: Any, chosen: Any) -> tuple[list[Any], list[Any]]:
-            outcome = session.run(
-                session.fn, variables, merge(context_mask, chosen_context, context), merge(inexact, chosen, arrays)
-            )
-            kinds[:] = [[is_inexact(array) for array in group] for group in (outcome.arrays, outcome.updates)]
-            return pick(kinds[0], outcome.arrays), pick(kinds[1], outcome.updates)
-
-        _, pull = jax.vjp(primal, variables, pick(context_mask, context), pick(inexact, arrays))
-        y_seed, updates_seed = pick(kinds[0], y_bars), pick(kinds[1], updates_bars)
-        own_variables, own_context, own_arrays = pull(([jax.numpy.zeros_like(bar) for bar in y_seed], updates_seed))
-        for index, bar in enumerate(own_variables):
-            variables_bar[index] = _sum(variables_bar[index], bar)
-        where = [index for index, able in enumerate(inexact) if able]
-        for index, bar in zip(where, own_arrays, strict=True):
-            if not self._without_gradient(index):
-                arrays_bar[index] = _sum(arrays_bar[index], bar)
-        if self.has_unspoken:
-            _, y_context, y_arrays = pull((y_seed, [jax.numpy.zeros_like(bar) for bar in updates_seed]))
-            own_context = [a + b for a, b in zip(own_context, y_context, strict=True)]
-            for index, bar in zip(where, y_arrays, strict=True):
-                if self._arrays[index]:
-                    arrays_bar[index] = _sum(arrays_bar[index], bar)
-        _place(context_bar, [index for index, able in enumerate(context_mask) if able], own_context)
-
-    def _without_gradient(self, index: int) -> bool:
-        return any(index in part.indices for part in self._session.inputs.without_gradient)
-
-
-def _check_same(before: tuple[Layout, tuple[ArrayType, ...], Layout], outcome: Outcome) -> None:
-    layout, types, updates_layout = before
-    if layout != outcome.layout or types != outcome.output_types:
-        first, second = (
-            layout_.fill([str(type_) for type_ in types_])
-            for layout_, types_ in ((layout, types), (outcome.layout, outcome.output_types))
-        )
+def _check_same(before: Outcome, outcome: Outcome) -> None:
+    if before.layout != outcome.layout or before.output_types != outcome.output_types:
+        first, second = (seen.layout.fill(map(str, seen.output_types)) for seen in (before, outcome))
         raise ArgumentError(
             "`forward_fn` must return a pair whose first element is the output of `fn`. "
             f"`fn` returned {first}, but the forward pass {second}."
         )
-    if updates_layout != outcome.updates_layout:
+    if before.updates_layout != outcome.updates_layout:
         raise ArgumentError(
             "`forward_fn` must write the same state as `fn`. "
-            f"`fn` wrote {updates_layout.treedef}, but the forward pass {outcome.updates_layout.treedef}."
+            f"`fn` wrote {before.updates_layout.treedef}, but the forward pass {outcome.updates_layout.treedef}."
         )
 
 
@@ -277,12 +235,3 @@ def _is_zero(bar: Any) -> bool:
 
 def _materialized(bar: Any) -> Any:
     return zero_of(bar) if isinstance(bar, SymbolicZero) else bar
-
-
-def _place(target: list[Any], indices: Any, values: Sequence[Any]) -> None:
-    for index, value in zip(indices, values, strict=True):
-        target[index] = value
-
-
-def _sum(bar: Any, own: Any) -> Any:
-    return own if bar is None else bar + own

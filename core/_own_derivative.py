@@ -1,0 +1,82 @@
+"""The module's own derivative of what a rule does not speak of, computed in the backward pass where it is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._arrays import is_inexact
+from ._session import Session, merge, pick
+
+
+@dataclasses.dataclass
+class Bars:
+    """Flat cotangents of the variables, the context and the inputs of one call; `None` stands for zero."""
+
+    variables: list[Any]
+    context: list[Any]
+    arrays: list[Any]
+
+    @staticmethod
+    def zero(variables: int, context: int, arrays: int) -> Bars:
+        """Makes zeros for so many arrays."""
+        return Bars([None] * variables, [None] * context, [None] * arrays)
+
+
+def place(target: list[Any], indices: Iterable[int], bars: Iterable[Any]) -> None:
+    """Adds cotangents at the given positions; `None` adds nothing."""
+    for index, bar in zip(indices, bars, strict=True):
+        if bar is not None:
+            target[index] = bar if target[index] is None else target[index] + bar
+
+
+def own_pullback(
+    session: Session, primals: tuple[list[Any], list[Any], list[Any]], perturbed_context: Sequence[bool]
+) -> Callable[[list[Any] | None, list[Any] | None], Bars]:
+    """Linearises `fn` again at the call's own arguments.
+
+    Args:
+        session: the call.
+        primals: its variables, context and inputs.
+        perturbed_context: which arrays of the context are differentiated.
+
+    Returns:
+        The pullback of the output and the updates together: `(y_bars, updates_bars) -> Bars`, with
+        `None` for either that is zero.
+    """
+    variables, context, arrays = primals
+    inexact = [is_inexact(array) for array in arrays]
+    kinds: list[list[bool]] = []
+
+    def primal(variables: Any, some_context: Any, some_arrays: Any) -> tuple[list[Any], list[Any]]:
+        outcome = session.run(
+            session.fn,
+            variables,
+            merge(perturbed_context, some_context, context),
+            merge(inexact, some_arrays, arrays),
+        )
+        kinds[:] = [[is_inexact(array) for array in group] for group in (outcome.arrays, outcome.updates)]
+        return pick(kinds[0], outcome.arrays), pick(kinds[1], outcome.updates)
+
+    out, pull = jax.vjp(primal, variables, pick(perturbed_context, context), pick(inexact, arrays))
+
+    def pullback(*bars: list[Any] | None) -> Bars:
+        seeds = tuple(
+            [jnp.zeros_like(array) for array in group] if given is None else pick(kind, given)
+            for group, given, kind in zip(out, bars, kinds, strict=True)
+        )
+        found = Bars.zero(len(variables), len(context), len(arrays))
+        found.variables, some_context, some_arrays = pull(seeds)
+        place(found.context, _where(perturbed_context), some_context)
+        place(found.arrays, _where(inexact), some_arrays)
+        return found
+
+    return pullback
+
+
+def _where(mask: Sequence[bool]) -> list[int]:
+    return [index for index, chosen in enumerate(mask) if chosen]
