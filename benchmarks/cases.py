@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, get_args
@@ -53,6 +54,7 @@ def variants(framework: str) -> list[Variant]:
     return [variant for variant in VARIANTS if variant != "own" or framework not in WITHOUT_OWN]
 
 
+@functools.cache
 def build(framework: str, layer: Layer, variant: Variant, depth: int = 1) -> Case:
     """Builds a model of some layers in one framework, under one variant of the rule."""
     return importlib.import_module(f"benchmarks.with_{FRAMEWORKS[framework]}").case(layer, variant, depth)
