@@ -56,7 +56,8 @@ class HaikuBoundary:
             lambda: fn(self._mdl, *args, **kwargs), tree["params"], tree["state"], initial, rng, self._held
         )
         changed = {"params": _changed(params, tree["params"]), "state": _changed(state, tree["state"])}
-        drawn = rng is not None and (rng_after[0] is not rng[0] or len(rng_after[1]) != len(rng[1]))
+        keys, keys_after = jax.tree.leaves(rng), jax.tree.leaves(rng_after)
+        drawn = len(keys) != len(keys_after) or any(a is not b for a, b in zip(keys, keys_after, strict=True))
         return out, {**changed, "rng": rng_after if drawn else None}
 
     def publish(self, updates: Mapping[str, Any]) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core import Scope
+from flax.core import FrozenDict, Scope
 from flax.core.scope import in_filter
 
 from crossvjp import ArgumentError, HandleError
 from crossvjp.adapters._linen_modules import Ambient, ClosedScopes, OpenedModule, ScopeFacts, spend
 from crossvjp.extend import Partition, Predicate, predicate, unknown_choice
+
+_NESTED = (dict, FrozenDict)
 
 
 class LinenBoundary:
@@ -147,6 +149,8 @@ def _opened(part: Any) -> OpenedModule:
 
 def _outermost(scopes: list[Scope]) -> tuple[list[Scope], list[tuple[int, tuple[str, ...]]]]:
     """Finds the scopes that no other scope holds, and the place of each scope below them."""
+    if len(scopes) == 1:  # nearly always; comparing scopes is slow
+        return scopes, [(0, ())]
     distinct = list(dict.fromkeys(scopes))
     roots: list[Scope] = []
     places = []
@@ -200,7 +204,7 @@ def _graft(tree: dict[str, Any], prefix: tuple[str, ...], values: Any) -> None:
 
 def _copied(tree: Any) -> Any:
     """Copies nested mappings as dicts; the leaves, boxes among them, stay the same objects."""
-    return {key: _copied(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+    return {key: _copied(value) for key, value in tree.items()} if isinstance(tree, _NESTED) else tree
 
 
 def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,8 +212,8 @@ def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any
     found = {}
     for key, value in now.items():
         old = before.get(key)
-        if isinstance(value, Mapping):
-            inner = _changed(value, old if isinstance(old, Mapping) else {})
+        if isinstance(value, _NESTED):
+            inner = _changed(value, old if isinstance(old, _NESTED) else {})
             if inner:
                 found[key] = inner
         elif value is not old:
@@ -220,7 +224,7 @@ def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any
 def _overwrite(live: dict[Any, Any], values: Mapping[Any, Any]) -> None:
     """Sets nested counters in place: child scopes hold references to the inner dicts."""
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             _overwrite(live.setdefault(key, {}), value)
         else:
             live[key] = value

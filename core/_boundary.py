@@ -22,7 +22,7 @@ class Boundary(Protocol):
     """
 
     context: PyTree
-    """Every other array that a call may read: other collections, state, RNG keys and counters."""
+    """Everything else that a call may read: other collections, state, RNG keys and counters."""
 
     def call(
         self, fn: Callable[..., Any], variables: PyTree, context: PyTree, *args: Any, **kwargs: Any

@@ -137,7 +137,11 @@ def resolve(
     """Moves keyword arguments that have a position in `fn` there; keyword-only ones stay."""
     if not kwargs:
         return args, {}
-    bound = inspect.signature(fn).bind(None, *args, **kwargs)
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # some builtins have none
+        return args, kwargs
+    bound = signature.bind(None, *args, **kwargs)
     return tuple(bound.args[1:]), dict(bound.kwargs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, dataclass_transform, overload
 
@@ -127,6 +128,7 @@ class Rule(abc.ABC):
             A function with the signature of `fn`.
         """
 
+        @functools.wraps(fn)
         def under_rule(mdl: Any, *args: Any, **kwargs: Any) -> Any:
             return transformed_call(fn, _ByRule(self), grad_vars, (), mdl, args, kwargs)
 

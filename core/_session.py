@@ -51,7 +51,7 @@ class Session:
         self.adapter = handle.adapter
         self._handle = handle
         self.variables, self.variables_def = jax.tree.flatten(boundary.variables)
-        self.context, self._context_def = jax.tree.flatten(boundary.context)
+        self.context, self._context_layout = take_apart(boundary.context)
         self.variables_types = tuple(map(ArrayType.of, self.variables))
         self.signature = Spec(self.variables_def, self.variables_types, tuple(inputs.differentiable), inputs.keywords)
 
@@ -77,7 +77,7 @@ class Session:
             return unpack(result) if unpack else (*take_apart(result), None)
 
         (out, layout, extra), updates = self.boundary.call(
-            inner, jax.tree.unflatten(self.variables_def, variables), jax.tree.unflatten(self._context_def, context)
+            inner, jax.tree.unflatten(self.variables_def, variables), self._context_layout.fill(context)
         )
         return Outcome(out, layout, *take_apart(updates), extra)
 

@@ -225,6 +225,26 @@ def test_nnx_a_module_of_an_outer_trace_is_not_written_to():
     np.testing.assert_array_equal(counter.mean.get_value(), jnp.zeros(3))
 
 
+def test_nnx_variables_may_hold_what_is_no_array():
+    class Named(nnx.Module):
+        def __init__(self):
+            self.label = nnx.Variable("start")
+            self.calls = nnx.Variable(0)
+            self.w = nnx.Param(jnp.array(2.0))
+
+        def __call__(self, x):
+            self.label.set_value("called")
+            self.calls.set_value(self.calls.get_value() + 1)
+            return self.w * x
+
+    module = Named()
+    assert float(identity(module)(jnp.array(3.0))) == 6.0
+    bar = nnx.grad(lambda module: identity(module)(jnp.array(3.0)))(module)
+    assert float(bar.w.get_value()) == 3.0
+    assert module.label.get_value() == "called"
+    assert module.calls.get_value() == 2
+
+
 def test_nnx_a_bound_method():
     layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     assert_same_bits(identity(layer.__call__)(the_input()), layer(the_input()))
