@@ -34,13 +34,10 @@ class HaikuBoundary:
         self._mdl = mdl
         self._held = held
         self._frame = frame = Frame()
-        kept = lambda bundles: {  # noqa: E731  used twice, in the next lines
-            module: dict(values) for module, values in bundles.items() if held is None or module in held
-        }
-        pairs = kept(frame.state)
+        pairs = _only(frame.state, held)
         state = {module: {name: pair.current for name, pair in values.items()} for module, values in pairs.items()}
         self._with_state = _asks_for_state(grad_vars)
-        tree = {"params": kept(frame.params), "state": state}
+        tree = {"params": _only(frame.params, held), "state": state}
         wanted = predicate(grad_vars, _named)
         self._partition = Partition(tree, lambda path, leaf: _chosen(wanted, path, leaf, self._with_state), grad_vars)
         both, rest = self._partition.take()
@@ -150,6 +147,11 @@ def _modules_below(mdl: Any) -> set[str] | None:
         visit(part)
     frame = Frame()
     return {name for name in {*frame.params, *frame.state} if _is_below(name, names)}
+
+
+def _only(bundles: Mapping[str, Any], held: Set[str] | None) -> dict[str, dict[str, Any]]:
+    """Keeps the bundles of some modules, or of all."""
+    return {module: dict(values) for module, values in bundles.items() if held is None or module in held}
 
 
 def _is_below(name: str, modules: Set[str]) -> bool:

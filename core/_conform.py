@@ -39,9 +39,9 @@ class Expected:
         if given is None:
             return [None] * len(self.types)
         expected = leaves_with_paths(self.tree)
-        is_leaf = lambda leaf: leaf is None  # noqa: E731  a named function would say no more
-        same = jax.tree.structure(given, is_leaf=is_leaf) == jax.tree.structure(self.tree, is_leaf=is_leaf)
-        leaves = jax.tree.leaves(given, is_leaf=is_leaf) if same else self._by_path(expected, given, author)
+        leaves, treedef = jax.tree.flatten(given, is_leaf=_is_none)
+        if treedef != jax.tree.structure(self.tree, is_leaf=_is_none):
+            leaves = self._by_path(expected, given, author)
         return [
             self._leaf(path, type_, leaf, author)
             for (path, type_), leaf in zip(expected, leaves, strict=True)
@@ -172,6 +172,10 @@ class Signature:
         bars = [f"input{index}_bar" for index in range(len(self.inputs))]
         ordered = [*bars, "variables_bar"] if order == "inputs_first" else ["variables_bar", *bars]
         return f"({', '.join(ordered)}{',' if len(ordered) == 1 else ''})"
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
 
 
 def _unboxed(path: Path) -> Path:

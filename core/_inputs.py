@@ -51,6 +51,10 @@ class Input:
     types: tuple[ArrayType, ...]
     indices: range
 
+    def cotangent(self, arrays: Sequence[Any]) -> Any:
+        """Picks this argument's cotangents out of those of all arrays, and puts them into its tree."""
+        return self.layout.fill_arrays_only([arrays[index] for index in self.indices])
+
     def expected(self) -> Expected:
         """Says how the argument's cotangent must look."""
         return Expected(self.name, self.layout, self.types)
@@ -127,8 +131,11 @@ def _fill(part: Input, arrays: Sequence[Any], held: Sequence[Any]) -> Any:
     filled = part.layout.fill([arrays[index] for index in part.indices])
     if not held:
         return filled
-    is_held = lambda leaf: isinstance(leaf, _Held)  # noqa: E731  used once, in the next line
-    return jax.tree.map(lambda leaf: held[leaf.index] if is_held(leaf) else leaf, filled, is_leaf=is_held)
+    return jax.tree.map(lambda leaf: held[leaf.index] if _is_held(leaf) else leaf, filled, is_leaf=_is_held)
+
+
+def _is_held(leaf: Any) -> bool:
+    return isinstance(leaf, _Held)
 
 
 def resolve(

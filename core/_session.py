@@ -119,11 +119,10 @@ class Spec:
 
     def build(self, variables: Sequence[Any], arrays: Sequence[Any], order: Order) -> Cotangents:
         """Puts flat cotangents into the trees of the variables and the inputs."""
-        fill = lambda part: part.layout.fill_arrays_only([arrays[index] for index in part.indices])  # noqa: E731
         return Cotangents(
-            tuple(fill(part) for part in self.inputs),
+            tuple(part.cotangent(arrays) for part in self.inputs),
             jax.tree.unflatten(self.variables_def, variables),
-            keywords={name: fill(part) for name, part in self.keywords.items()},
+            keywords={name: part.cotangent(arrays) for name, part in self.keywords.items()},
             order=order,
         )
 
