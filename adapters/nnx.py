@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from crossvjp import HandleError
-from crossvjp.extend import Path, Predicate, check_selected, is_inexact, predicate, unknown_choice
+from crossvjp.extend import Predicate, check_selected, is_inexact, predicate, unknown_choice
 
 # Graph mode throughout: it opens every module that tree mode opens, and shared variables besides.
 _GRAPH = True
@@ -43,42 +43,46 @@ class _Spent:
 
 
 class NnxBoundary:
-    """A module split into a graph definition and two states."""
+    """A module as a graph definition, a state of variables, and a list of everything else.
+
+    The context is a list, since a state may have keys that JAX can't sort: numbers beside names, as
+    `nnx.capture` makes them.
+    """
 
     def __init__(self, mdl: Any, grad_vars: Any):
         wanted = predicate(grad_vars, _named)
-        seen: list[Path] = []
-
-        def is_variable(path: tuple[Any, ...], leaf: Any) -> bool:
-            value = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
-            if not is_inexact(value):
-                return False
-            seen.append(tuple(map(str, path)))
-            return wanted(seen[-1], leaf)
-
-        self._graphdef, variables, context = nnx.split(mdl, is_variable, ..., graph=_GRAPH)
-        check_selected(grad_vars, len(jax.tree.leaves(variables)), seen)
-        # `split` gives the live Variables themselves; copies keep later writes to the module out.
-        self.variables, self.context = jax.tree.map(lambda leaf: leaf, (variables, context))
+        self._graphdef, pairs = _flattened(mdl)
+        able = [is_inexact(_raw(leaf)) for _, leaf in pairs]
+        paths = [tuple(map(str, path)) for path, _ in pairs]
+        self._chosen = [ok and wanted(path, pair[1]) for ok, path, pair in zip(able, paths, pairs, strict=True)]
+        check_selected(grad_vars, sum(self._chosen), [path for ok, path in zip(able, paths, strict=True) if ok])
+        self._paths = [path for path, _ in pairs]
+        # These are the live Variables themselves; copies keep later writes to the module out.
+        copies = [jax.tree.map(_same, leaf) for _, leaf in pairs]
+        chosen = {path: leaf for ok, path, leaf in zip(self._chosen, self._paths, copies, strict=True) if ok}
+        self.variables = chosen[()] if () in chosen else nnx.from_flat_state(chosen)
+        self.context = [leaf for ok, leaf in zip(self._chosen, copies, strict=True) if not ok]
         self._mdl: Any = mdl
 
     def call(self, fn: Callable[..., Any], variables: Any, context: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        mdl = nnx.merge(self._graphdef, variables, context, copy=True)
-        before = {path: _raw(leaf) for state in (variables, context) for path, leaf in _flat(state)}
+        chosen, rest = dict(_flat(variables)), iter(context)
+        leaves = [chosen[path] if ok else next(rest) for ok, path in zip(self._chosen, self._paths, strict=True)]
+        before = {path: _raw(leaf) for path, leaf in zip(self._paths, leaves, strict=True)}
+        mdl = nnx.merge(self._graphdef, leaves, copy=True)
         out = fn(mdl, *args, **kwargs)
-        _, state = nnx.split(mdl, graph=_GRAPH)
+        _, after = _flattened(mdl)
         updates: list[Any] = []
-        for path, leaf in _flat(state):
+        for path, leaf in after:
             if path not in before or _raw(leaf) is not before[path]:
-                updates += [_At(path), jax.tree.map(lambda value: value, leaf)]
-        for _, leaf in _flat(state):
+                updates += [_At(path), jax.tree.map(_same, leaf)]
+        for _, leaf in after:
             if isinstance(leaf, nnx.Variable):
                 leaf.set_raw_value(_Spent())
         return out, updates
 
     def publish(self, updates: list[Any]) -> None:
         """Writes the updates into the live module, under the checks that NNX makes of any write."""
-        live = dict(_flat(nnx.split(self._mdl, graph=_GRAPH)[1])) if updates else {}
+        live = dict(_flattened(self._mdl)[1]) if updates else {}
         new: dict[tuple[Any, ...], Any] = {}
         for at, value in zip(updates[::2], updates[1::2], strict=True):
             variable = live.get(at.path)
@@ -124,6 +128,16 @@ def _named(word: Any) -> Predicate:
     except (TypeError, ValueError):
         raise unknown_choice(word, "'params', a Variable type, a filter of NNX") from None
     return lambda path, leaf: chosen(path, leaf)
+
+
+def _flattened(mdl: Any) -> tuple[Any, list[tuple[tuple[Any, ...], Any]]]:
+    """Gives a module's definition and its leaves with their paths, in the order in which `nnx.merge` takes them."""
+    graphdef, flat = nnx.graph.flatten(mdl, graph=_GRAPH)
+    return graphdef, list(flat)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _flat(state: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
