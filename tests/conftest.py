@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from worlds import WORLDS, World
 
@@ -19,3 +21,10 @@ def make_world(name: str) -> World:
 def world(request: pytest.FixtureRequest) -> World:
     """Each framework in turn."""
     return make_world(request.param)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Makes a skipped test a failure in CI, where every framework is installed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
