@@ -11,7 +11,7 @@ import jax
 
 from crossvjp import HandleError
 from crossvjp.adapters.pytree import ValueBoundary
-from crossvjp.extend import Predicate, predicate, unknown_choice
+from crossvjp.extend import Body, Predicate, predicate, unknown_choice
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +69,7 @@ class TransformedAdapter:
     def initializing(self, mdl: Any) -> bool:
         return False
 
-    def lift(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> Any:
+    def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
         for part in jax.tree.leaves(mdl, is_leaf=self.matches):
             if isinstance(part, hk.Transformed | hk.TransformedWithState):
                 raise HandleError(

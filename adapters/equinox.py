@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 
 from crossvjp.adapters.pytree import ValueBoundary
-from crossvjp.extend import Predicate, predicate, unknown_choice
+from crossvjp.extend import Body, Predicate, predicate, unknown_choice
 
 
 class EquinoxAdapter:
@@ -24,7 +23,7 @@ class EquinoxAdapter:
     def initializing(self, mdl: Any) -> bool:
         return False
 
-    def lift(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> Any:
+    def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
         return body(ValueBoundary(mdl, _wanted(mdl, grad_vars), grad_vars))[0]
 
 

@@ -19,7 +19,7 @@ from crossvjp import HandleError
 from crossvjp.adapters._haiku_frames import Frame, MissedError, refuse_frames, touched_by
 from crossvjp.adapters._haiku_transformed import TransformedAdapter
 from crossvjp.adapters._haiku_transformed import bind as bind
-from crossvjp.extend import Partition, Predicate, predicate, unknown_choice
+from crossvjp.extend import Body, Partition, Predicate, predicate, run_and_publish, unknown_choice
 
 
 class HaikuBoundary:
@@ -79,24 +79,18 @@ class HaikuAdapter:
         _check_inside(mdl)
         return hk.running_init()
 
-    def lift(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> Any:
+    def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
         _check_inside(mdl)
         held = _modules_below(mdl)
         if held is None:
             held = self._find(mdl, grad_vars, body)
         try:
-            return self._run(HaikuBoundary(mdl, grad_vars, held), body)
+            return run_and_publish(HaikuBoundary(mdl, grad_vars, held), body)
         except MissedError:  # the function reaches modules that the handle does not hold
             held = held | self._find(mdl, grad_vars, body)
-        return self._run(HaikuBoundary(mdl, grad_vars, held), body)
+        return run_and_publish(HaikuBoundary(mdl, grad_vars, held), body)
 
-    def _run(self, boundary: HaikuBoundary, body: Callable[[Any], tuple[Any, Any]]) -> Any:
-        out, updates = body(boundary)
-        if updates is not None:
-            boundary.publish(updates)
-        return out
-
-    def _find(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> set[str]:
+    def _find(self, mdl: Any, grad_vars: Any, body: Body) -> set[str]:
         """Lists the modules of the frame that a call touches, by tracing it once on shapes."""
         cell: list[HaikuBoundary] = []
 

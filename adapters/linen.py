@@ -19,7 +19,7 @@ from flax.core.scope import in_filter
 
 from crossvjp import ArgumentError, HandleError
 from crossvjp.adapters._linen_modules import Ambient, ClosedScopes, OpenedModule, ScopeFacts, spend
-from crossvjp.extend import Partition, Predicate, predicate, unknown_choice
+from crossvjp.extend import Body, Partition, Predicate, predicate, run_and_publish, unknown_choice
 
 _NESTED = (dict, FrozenDict)
 
@@ -116,12 +116,8 @@ class LinenAdapter:
         handles = [part for part in jax.tree.leaves(mdl, is_leaf=_is_handle) if _is_handle(part)]
         return any(_bound_scope(handle).get_flag("initializing", False) for handle in handles)
 
-    def lift(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> Any:
-        boundary = LinenBoundary(mdl, grad_vars)
-        out, updates = body(boundary)
-        if updates is not None:
-            boundary.publish(updates)
-        return out
+    def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
+        return run_and_publish(LinenBoundary(mdl, grad_vars), body)
 
 
 def _is_handle(part: Any) -> bool:

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from crossvjp import HandleError
-from crossvjp.extend import Predicate, check_selected, is_inexact, predicate, unknown_choice
+from crossvjp.extend import Body, Predicate, check_selected, is_inexact, predicate, run_and_publish, unknown_choice
 
 # Graph mode throughout: it opens every module that tree mode opens, and shared variables besides.
 _GRAPH = True
@@ -110,12 +110,8 @@ class NnxAdapter:
     def initializing(self, mdl: Any) -> bool:
         return False
 
-    def lift(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> Any:
-        boundary = NnxBoundary(mdl, grad_vars)
-        out, updates = body(boundary)
-        if updates is not None:
-            boundary.publish(updates)
-        return out
+    def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
+        return run_and_publish(NnxBoundary(mdl, grad_vars), body)
 
 
 def _named(word: Any) -> Predicate:

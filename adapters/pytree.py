@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from crossvjp.extend import Partition, Predicate, predicate, unknown_choice
+from crossvjp.extend import Body, Partition, Predicate, predicate, unknown_choice
 
 
 class ValueBoundary:
@@ -35,7 +35,7 @@ class PytreeAdapter:
     def initializing(self, mdl: Any) -> bool:
         return False
 
-    def lift(self, mdl: Any, grad_vars: Any, body: Callable[[Any], tuple[Any, Any]]) -> Any:
+    def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
         keys = set(map(str, mdl)) if isinstance(mdl, Mapping) else set()
 
         def named(word: Any) -> Predicate:

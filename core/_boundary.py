@@ -44,6 +44,22 @@ class Boundary(Protocol):
         ...
 
 
+class PublishingBoundary(Boundary, Protocol):
+    """A boundary of a framework whose modules are written to."""
+
+    def publish(self, updates: PyTree) -> None:
+        """Writes what a run changed into the live module, and lets go of it."""
+        ...
+
+
+def run_and_publish(boundary: PublishingBoundary, body: Body) -> Any:
+    """Does the work of `Adapter.lift` once a boundary is open."""
+    out, updates = body(boundary)
+    if updates is not None:  # `None` where the body called nothing
+        boundary.publish(updates)
+    return out
+
+
 class Adapter(Protocol):
     """Translates one framework's module handles into boundaries. Adapters have no state of their own."""
 

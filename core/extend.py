@@ -1,6 +1,8 @@
 """What an adapter for another framework is made of, beside `Adapter`, `Boundary` and `register_adapter`."""
 
 from ._arrays import is_inexact as is_inexact
+from ._boundary import Body as Body
+from ._boundary import run_and_publish as run_and_publish
 from ._partition import Partition as Partition
 from ._paths import Path as Path
 from ._select import Predicate as Predicate

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import flax.core
 import flax.linen as nn
 import haiku as hk
 import jax
@@ -89,20 +88,6 @@ def linen_bound() -> Host:
     return Host(
         "linen bound", params, lambda params, use, *args: use(nn.Dense(3).bind(params), *args), "*/kernel", True
     )
-
-
-def linen_scope() -> Host:
-    """A `flax.core` scope; the function of it is what other frameworks have as a method."""
-
-    def dense(scope, x):
-        kernel = scope.param("kernel", nn.initializers.lecun_normal(), (2, 3))
-        return x @ kernel + scope.param("bias", nn.initializers.zeros_init(), (3,))
-
-    def run(params, use, *args):
-        return flax.core.apply(lambda scope, *args: use(scope, *args))(params, *args)
-
-    _, params = flax.core.init(dense)(jax.random.key(0), the_input())
-    return Host("linen scope", params, run, "*/kernel", True)
 
 
 def nnx_module(*, graph: bool) -> Host:

@@ -1,7 +1,5 @@
 """Scikit-learn's handwritten digits: 1,797 real images of 8 x 8 pixels that come with the package."""
 
-# ruff: noqa: F722  the shapes of jaxtyping are no annotations
-
 from __future__ import annotations
 
 import dataclasses

@@ -7,8 +7,6 @@ Rounding can't flip a decision here: the activation is smooth, there is no maxim
 keys alone, and everything is in float64.
 """
 
-# ruff: noqa: F722  the shapes of jaxtyping are no annotations
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The plot: training losses laid over each other, and how far each framework is from plain JAX."""
 
-# ruff: noqa: F722  the shapes of jaxtyping are no annotations
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The training loop: the same batches, keys and optimiser for every framework."""
 
-# ruff: noqa: F722  the shapes of jaxtyping are no annotations
-
 from __future__ import annotations
 
 import dataclasses
