@@ -8,6 +8,7 @@ from ._errors import ArgumentError as ArgumentError
 from ._errors import CotangentError as CotangentError
 from ._errors import CrossVJPError as CrossVJPError
 from ._errors import HandleError as HandleError
+from ._plain import CustomVJP as CustomVJP
 from ._registry import register_adapter as register_adapter
 from ._rule import Call as Call
 from ._rule import Rule as Rule

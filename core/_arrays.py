@@ -12,12 +12,17 @@ import numpy as np
 
 def is_array(leaf: Any) -> bool:
     """Says whether a leaf is traced by JAX. Python scalars are not: they pass through as they are."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic) or is_ref(leaf)
+
+
+def is_ref(leaf: Any) -> bool:
+    """Says whether a leaf is a mutable array, `jax.Ref`: an input like others, without a gradient."""
+    return isinstance(leaf, jax.Ref)
 
 
 def is_inexact(leaf: Any) -> bool:
     """Says whether a leaf has a gradient: a floating or complex array, NumPy's bfloat16 among them."""
-    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return is_array(leaf) and not is_ref(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +31,16 @@ class ArrayType:
 
     shape: tuple[int, ...]
     dtype: Any
+    is_ref: bool = False
 
     @staticmethod
     def of(leaf: Any) -> ArrayType:
         """Reads the type off an array, a tracer or a symbolic zero."""
-        return ArrayType(tuple(leaf.shape), leaf.dtype)
+        return ArrayType(tuple(leaf.shape), leaf.dtype, is_ref(leaf))
 
     def __str__(self) -> str:
-        return f"{np.dtype(self.dtype).name if not self._is_extended else self.dtype}{list(self.shape)}"
+        array = f"{np.dtype(self.dtype).name if not self._is_extended else self.dtype}{list(self.shape)}"
+        return f"Ref{{{array}}}" if self.is_ref else array
 
     @property
     def _is_extended(self) -> bool:
@@ -42,7 +49,7 @@ class ArrayType:
     @property
     def is_inexact(self) -> bool:
         """Says whether an array of this type has a gradient."""
-        return bool(jnp.issubdtype(self.dtype, jnp.inexact))
+        return not self.is_ref and bool(jnp.issubdtype(self.dtype, jnp.inexact))
 
 
 class Static:

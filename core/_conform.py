@@ -94,9 +94,9 @@ class Expected:
 
 
 class Signature:
-    """All cotangents of one call: those of its inputs, of its keyword inputs, and of the variables."""
+    """All cotangents of one call: those of its inputs, of its keyword inputs, and of the variables, if it has any."""
 
-    def __init__(self, inputs: Sequence[Expected], keywords: dict[str, Expected], variables: Expected):
+    def __init__(self, inputs: Sequence[Expected], keywords: dict[str, Expected], variables: Expected | None):
         self.inputs = list(inputs)
         self.keywords = keywords
         self.variables = variables
@@ -134,25 +134,36 @@ class Signature:
             )
         flat = [expected.conform(bar, author) for expected, bar in zip(self.inputs, inputs, strict=True)]
         by_keyword = {name: self.keywords[name].conform(bar, author) for name, bar in keywords.items()}
-        return flat, by_keyword, self.variables.conform(variables, author)
+        return flat, by_keyword, self.variables.conform(variables, author) if self.variables else []
 
     def _split(self, result: Any, order: Order, author: str) -> tuple[Sequence[Any], Any]:
         if not isinstance(result, tuple | list):
+            named = "" if self.variables is None else "a Cotangents or "
             raise CotangentError(
-                f"{author} must return a Cotangents or the tuple {self._documented(order)}, "
+                f"{author} must return {named}the tuple {self._documented(order)}, "
                 f"but returned {type(result).__name__}."
             )
+        if self.variables is None:
+            return result, None
         self._check_count(len(result) - 1, author)
         return (result[:-1], result[-1]) if order == "inputs_first" else (result[1:], result[0])
 
     def _check_count(self, inputs: int, author: str) -> None:
-        if inputs != len(self.inputs):
+        if inputs == len(self.inputs):
+            return
+        if self.variables is None:
             raise CotangentError(
-                f"{author} must return one cotangent for each of the {len(self.inputs)} differentiable inputs and one "
-                f"for the variables, {self._documented('inputs_first')}, but returned {inputs} and one."
+                f"{author} must return one cotangent for each of the {len(self.inputs)} differentiable arguments, "
+                f"{self._documented('inputs_first')}, but returned {inputs}."
             )
+        raise CotangentError(
+            f"{author} must return one cotangent for each of the {len(self.inputs)} differentiable inputs and one "
+            f"for the variables, {self._documented('inputs_first')}, but returned {inputs} and one."
+        )
 
     def _fits_reversed(self, result: Any, order: Order, author: str) -> bool:
+        if self.variables is None:
+            return False
         inputs, variables = (result[1:], result[0]) if order == "inputs_first" else (result[:-1], result[-1])
         try:
             self._conform(inputs, {}, variables, author)
@@ -170,7 +181,10 @@ class Signature:
 
     def _documented(self, order: Order) -> str:
         bars = [f"input{index}_bar" for index in range(len(self.inputs))]
-        ordered = [*bars, "variables_bar"] if order == "inputs_first" else ["variables_bar", *bars]
+        if self.variables is None:
+            ordered = bars
+        else:
+            ordered = [*bars, "variables_bar"] if order == "inputs_first" else ["variables_bar", *bars]
         return f"({', '.join(ordered)}{',' if len(ordered) == 1 else ''})"
 
 

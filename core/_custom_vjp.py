@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 
 from ._arrays import Layout, take_apart
+from ._behaviour import Perturbed
 from ._cotangents import Order, check_order
 from ._errors import ArgumentError, HandleError
+from ._inputs import has_parameter, positions_of
+from ._plain import CustomVJP
 from ._registry import belongs_to
 from ._session import Outcome, Session
-from ._transform import transformed_call
+from ._transform import Options, transformed_call
 
 
+@overload
+def custom_vjp(
+    fn: Callable[..., Any],
+    *,
+    nondiff_argnums: Sequence[int] | int = (),
+    nondiff_argnames: Sequence[str] | str = (),
+) -> CustomVJP: ...
+@overload
 def custom_vjp(
     fn: Callable[..., Any],
     forward_fn: Callable[..., tuple[Any, Any]],
@@ -25,8 +35,21 @@ def custom_vjp(
     grad_vars: Any = "params",
     nondiff_argnums: Sequence[int] | int = (),
     *,
+    nondiff_argnames: Sequence[str] | str = (),
     order: Order = "inputs_first",
-) -> Callable[..., Any]:
+    optimize_remat: bool = False,
+) -> Callable[..., Any]: ...
+def custom_vjp(
+    fn: Callable[..., Any],
+    forward_fn: Callable[..., tuple[Any, Any]] | None = None,
+    backward_fn: Callable[..., Any] | None = None,
+    grad_vars: Any = "params",
+    nondiff_argnums: Sequence[int] | int = (),
+    *,
+    nondiff_argnames: Sequence[str] | str = (),
+    order: Order = "inputs_first",
+    optimize_remat: bool = False,
+) -> Any:
     """Gives a function of a module a backward pass of its own, in any framework.
 
     `fn(mdl, *args, **kwargs)` alone runs when no gradient is asked for. Otherwise `forward_fn` runs
@@ -34,11 +57,16 @@ def custom_vjp(
     the variables. Variables that `grad_vars` leaves out, and values that the call writes into the
     framework's state, keep the module's own derivative.
 
+    Without `forward_fn` and `backward_fn`, as a decorator too, it is `jax.custom_vjp` for a function
+    without a module: see `CustomVJP`.
+
     Args:
         fn: the function to give a custom backward pass; its first argument is the module handle.
         forward_fn: takes the same arguments and returns `(y, residuals)`, with the `y` of `fn`.
             The residuals are any pytree, the function that `vjp` returns among it. The module
-            itself can't be kept; `crossvjp.variables(mdl)` takes a snapshot of its variables.
+            itself can't be kept; `crossvjp.variables(mdl)` takes a snapshot of its variables. If it
+            has a parameter `perturbed`, it gets a `Cotangents` of booleans in the places of the
+            arrays, which says what is differentiated at all.
         backward_fn: called as `backward_fn(*nondiff_args, residuals, y_bar)`; returns a
             `Cotangents` or the tuple `(*inputs_bar, variables_bar)`. `None` stands for zero,
             whole or in part. If it has a parameter `updates_bar`, it also gets the cotangents of
@@ -50,8 +78,12 @@ def custom_vjp(
         nondiff_argnums: positions in `fn(mdl, *args)` of arguments for which no vjp is computed;
             the first argument after the module has position 1. They may be arrays; their
             gradient is zero.
+        nondiff_argnames: the same, by the names of positional parameters of `fn`.
         order: `"variables_first"` for a `backward_fn` that returns `(variables_bar, *inputs_bar)`,
             as today's `flax.linen.custom_vjp` has it.
+        optimize_remat: as in `jax.custom_vjp.defvjp`: under `jax.remat`, `forward_fn` does not run
+            where only the output is needed. JAX then can't say what is differentiated, so
+            everything counts as such.
 
     Returns:
         A function with the signature of `fn`.
@@ -74,16 +106,21 @@ def custom_vjp(
     Reference:
         Flax documentation, `flax.linen.custom_vjp`; see the README for the order of cotangents.
     """
+    if forward_fn is None and backward_fn is None:
+        return CustomVJP(fn, nondiff_argnums, nondiff_argnames)
     check_order(order)
     for name, function in (("fn", fn), ("forward_fn", forward_fn), ("backward_fn", backward_fn)):
         if not callable(function):
             raise ArgumentError(f"`{name}` must be a function, but is {function!r}.")
 
-    behaviour = _ByFunctions(forward_fn, backward_fn, order)
+    assert forward_fn is not None  # checked above
+    assert backward_fn is not None
+    behaviour = _ByFunctions(fn, forward_fn, backward_fn, order)
+    options = Options(grad_vars, positions_of(fn, nondiff_argnums, nondiff_argnames), optimize_remat)
 
     @functools.wraps(fn)
     def wrapped(mdl: Any, *args: Any, **kwargs: Any) -> Any:
-        return transformed_call(fn, behaviour, grad_vars, nondiff_argnums, mdl, args, kwargs)
+        return transformed_call(fn, behaviour, options, mdl, args, kwargs)
 
     return wrapped
 
@@ -92,13 +129,18 @@ class _ByFunctions:
     """A rule written as `forward_fn` and `backward_fn`."""
 
     arrays: Sequence[Any] = ()
+    symbolic_zeros = False
 
-    def __init__(self, forward_fn: Callable[..., Any], backward_fn: Callable[..., Any], order: Order):
-        self._forward_fn = forward_fn
-        self._backward_fn = backward_fn
+    def __init__(
+        self, fn: Callable[..., Any], forward_fn: Callable[..., Any], backward_fn: Callable[..., Any], order: Order
+    ):
+        self.forward_functions: Sequence[Any] = [forward_fn]
+        self.backward_functions: Sequence[Any] = [backward_fn]
         self._order: Order = order
         self.author = getattr(backward_fn, "__name__", repr(backward_fn))
-        self.asks_updates = _has_parameter(backward_fn, "updates_bar")
+        self.asks_updates = has_parameter(backward_fn, "updates_bar")
+        # If `fn` has a parameter of this name too, it is one of the call's own.
+        self._asks_perturbed = has_parameter(forward_fn, "perturbed") and not has_parameter(fn, "perturbed")
 
     def forward(
         self,
@@ -107,8 +149,13 @@ class _ByFunctions:
         variables: Sequence[Any],
         context: Sequence[Any],
         arrays: Sequence[Any],
+        perturbed: Perturbed,
     ) -> tuple[Outcome, Any]:
         adapter = session.adapter
+        forward_fn = session.functions[0]
+        if self._asks_perturbed:
+            flags = session.signature.build(perturbed.variables, perturbed.arrays, self._order)
+            forward_fn = functools.partial(forward_fn, perturbed=flags)
 
         def unpack(result: Any) -> tuple[list[Any], Layout, Any]:
             if not isinstance(result, tuple | list) or len(result) != 2:
@@ -121,14 +168,14 @@ class _ByFunctions:
                 )
             y, residuals = result
             kept, kept_layout = take_apart(residuals)
-            if any(static and belongs_to(adapter, static.value) for static in kept_layout.statics):
+            if adapter and any(static and belongs_to(adapter, static.value) for static in kept_layout.statics):
                 raise HandleError(
                     f"`forward_fn` returned a {adapter.name} module among its residuals, but a module's variables are "
                     "gone in the backward pass. Return a snapshot of them, `crossvjp.variables(mdl)`."
                 )
             return *take_apart(y), (kept, kept_layout)
 
-        outcome = session.run(self._forward_fn, variables, context, arrays, unpack)
+        outcome = session.run(forward_fn, variables, context, arrays, unpack)
         kept, kept_layout = outcome.extra
         nondiff = [arrays[index] for part in session.inputs.without_gradient for index in part.indices]
         return outcome, _Residuals(kept, nondiff, kept_layout)
@@ -137,7 +184,8 @@ class _ByFunctions:
         rest = iter(residuals.nondiff)
         nondiff = [part.layout.fill([next(rest) for _ in part.indices]) for part in session.inputs.without_gradient]
         asked = {"updates_bar": updates_bar} if self.asks_updates else {}
-        result = self._backward_fn(*nondiff, residuals.layout.fill(residuals.arrays), y_bar, **asked)
+        backward_fn = session.functions[1]
+        result = backward_fn(*nondiff, residuals.layout.fill(residuals.arrays), y_bar, **asked)
         return session.signature.expected().conform(result, self._order, f"{self.author!r}")
 
 
@@ -157,10 +205,3 @@ class _Residuals:
     def tree_unflatten(cls, layout: Layout, children: Any) -> _Residuals:
         arrays, nondiff = children
         return cls(arrays, nondiff, layout)
-
-
-def _has_parameter(function: Callable[..., Any], name: str) -> bool:
-    try:
-        return name in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # builtins without a signature
-        return False

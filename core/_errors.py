@@ -19,5 +19,5 @@ class ArgumentError(CrossVJPError, TypeError, ValueError):
     """
 
 
-class CotangentError(CrossVJPError, ValueError):
-    """A cotangent has the wrong order, structure, shape or dtype."""
+class CotangentError(CrossVJPError, TypeError, ValueError):
+    """A cotangent has the wrong order, structure, shape or dtype; JAX raises a `TypeError` or a `ValueError` for it."""

@@ -30,16 +30,23 @@ class Handle:
         self.adapter: Adapter = adapter_of(module)
         self.held = held_modules(self.adapter, (args, kwargs)) if self.adapter.by_reference else []
         self.opened = (module, self.held) if self.held else module
+        self.functions = [mdl] if isinstance(mdl, types.FunctionType) else []
         self._holds = bool(self.held)
 
-    def split(self, inner: Any) -> tuple[Any, Sequence[Any]]:
-        """Takes the module that the adapter rebuilt apart: the user's handle, and the modules among the arguments."""
+    def split(self, inner: Any, functions: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        """Takes the module that the adapter rebuilt apart: the user's handle, and the modules among the arguments.
+
+        Args:
+            inner: what the adapter rebuilt.
+            functions: those of the handle that stand for `functions` in this run.
+        """
         module, held = inner if self._holds else (inner, ())
+        module = functions[0] if functions else module
         return (module if self._method is None else types.MethodType(self._method, module)), held
 
     def release(self) -> None:
         """Lets go of the live modules; late runs get rebuilt ones."""
-        self.opened, self.held = None, []
+        self.opened, self.held, self.functions = None, [], []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +159,32 @@ def resolve(
     return tuple(bound.args[1:]), dict(bound.kwargs)
 
 
+def positions_of(
+    fn: Callable[..., Any], nondiff_argnums: Sequence[int] | int, nondiff_argnames: Sequence[str] | str
+) -> Sequence[int] | int:
+    """Adds the positions of named parameters to `nondiff_argnums`.
+
+    Raises:
+        ArgumentError: `fn` has no positional parameter of a name.
+    """
+    names = (nondiff_argnames,) if isinstance(nondiff_argnames, str) else tuple(nondiff_argnames)
+    if not names:
+        return nondiff_argnums
+    positional = [
+        parameter.name
+        for parameter in inspect.signature(fn).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    unknown = [name for name in names if name not in positional]
+    if unknown:
+        raise ArgumentError(
+            f"`nondiff_argnames` has {unknown[0]!r}, but {getattr(fn, '__name__', fn)} has the positional parameters "
+            f"{positional}."
+        )
+    numbers = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else tuple(nondiff_argnums)
+    return *numbers, *(positional.index(name) for name in names)
+
+
 def check_nondiff(nondiff_argnums: Sequence[int] | int, count: int, fn: Callable[..., Any]) -> frozenset[int]:
     """Checks the positions of arguments without gradient.
 
@@ -174,3 +207,11 @@ def check_nondiff(nondiff_argnums: Sequence[int] | int, count: int, fn: Callable
                 + (f"arguments at positions 1 to {count}." if count else "no argument behind the module.")
             )
     return frozenset(numbers)
+
+
+def has_parameter(function: Callable[..., Any], name: str) -> bool:
+    """Says whether a function asks for something by the name of a parameter."""
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # builtins without a signature
+        return False

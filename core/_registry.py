@@ -111,6 +111,12 @@ def belongs_to(adapter: Adapter, leaf: Any) -> bool:
     return not is_array(leaf) and _adapter_of_type(leaf) is adapter
 
 
+def is_reference(value: Any) -> bool:
+    """Says whether a value is a module handle that refers to state which lives elsewhere."""
+    adapter = None if is_array(value) else _adapter_of_type(value)
+    return adapter is not None and adapter.by_reference
+
+
 def held_modules(adapter: Adapter, tree: Any) -> list[Any]:
     """Lists the distinct modules of one framework among the leaves of a call's arguments."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: belongs_to(adapter, leaf))

@@ -12,9 +12,12 @@ import jax
 from jaxtyping import PyTree
 
 from ._arrays import Layout, Static, take_apart
+from ._behaviour import Perturbed
+from ._cotangents import Cotangents
 from ._errors import ArgumentError
+from ._inputs import has_parameter
 from ._session import Outcome, Pullback, Session
-from ._transform import transformed_call
+from ._transform import Options, transformed_call
 
 T = TypeVar("T")
 
@@ -59,6 +62,9 @@ class Call:
     output: Any
     """What the call returned."""
 
+    perturbed: Cotangents
+    """Booleans in the places of the cotangents: which arrays are differentiated at all, so that work can be spared."""
+
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 class Rule(abc.ABC):
@@ -88,6 +94,10 @@ class Rule(abc.ABC):
     def backward(self, call: Call, y_bar: Any) -> Any:
         """Gives the cotangents of a module call.
 
+        A method with a further parameter `updates_bar` also gets the cotangents of the values that
+        the call wrote into the framework's state, and answers for them; otherwise they keep the
+        module's own derivative.
+
         Args:
             call: the call: its pullback, variables, inputs and output.
             y_bar: the cotangent of the output, shaped like it.
@@ -116,21 +126,25 @@ class Rule(abc.ABC):
         lifted = self.lift(_call)
         return lambda *args, **kwargs: lifted(mdl, *args, **kwargs)
 
-    def lift(self, fn: Callable[..., Any], *, grad_vars: Any = "params") -> Callable[..., Any]:
+    def lift(
+        self, fn: Callable[..., Any], *, grad_vars: Any = "params", optimize_remat: bool = False
+    ) -> Callable[..., Any]:
         """Puts the rule on a function of a module handle.
 
         Args:
             fn: a function `fn(mdl, *args, **kwargs)` for any handle, plain parameters among them.
             grad_vars: the variables that the rule acts on; as in `custom_vjp`. The others keep
                 the module's own derivative.
+            optimize_remat: as in `custom_vjp`.
 
         Returns:
             A function with the signature of `fn`.
         """
+        options = Options(grad_vars, (), optimize_remat)
 
         @functools.wraps(fn)
         def under_rule(mdl: Any, *args: Any, **kwargs: Any) -> Any:
-            return transformed_call(fn, _ByRule(self), grad_vars, (), mdl, args, kwargs)
+            return transformed_call(fn, _ByRule(self), options, mdl, args, kwargs)
 
         return under_rule
 
@@ -162,12 +176,16 @@ def _call(mdl: Any, *args: Any, **kwargs: Any) -> Any:
 class _ByRule:
     """The behaviour of a wrapped call whose backward pass is a `Rule`."""
 
-    asks_updates = False
+    symbolic_zeros = False
+    forward_functions: Sequence[Any] = ()
 
     def __init__(self, the_rule: Rule):
         arrays, self._layout = take_apart(the_rule)
         self.arrays: Sequence[Any] = arrays
+        self.backward_functions: Sequence[Any] = [the_rule.function] if isinstance(the_rule, FunctionRule) else []
         self.author = repr(the_rule)
+        backward = the_rule.function if isinstance(the_rule, FunctionRule) else the_rule.backward
+        self.asks_updates = has_parameter(backward, "updates_bar")
 
     def forward(
         self,
@@ -176,20 +194,26 @@ class _ByRule:
         variables: Sequence[Any],
         context: Sequence[Any],
         arrays: Sequence[Any],
+        perturbed: Perturbed,
     ) -> tuple[Outcome, Any]:
         outcome, pullback = session.linearize(variables, context, arrays, "inputs_first")
-        return outcome, _Residuals(pullback, list(own), list(variables), list(arrays), outcome.arrays, outcome.layout)
+        facts = outcome.layout, perturbed
+        return outcome, _Residuals(pullback, list(own), list(variables), list(arrays), outcome.arrays, facts)
 
     def backward(self, session: Session, residuals: Any, y_bar: Any, updates_bar: Any) -> tuple[Any, ...]:
         inputs, keywords = session.inputs.rebuild(residuals.arrays, ())
+        layout, perturbed = residuals.facts
         call = Call(
             residuals.pullback,
             jax.tree.unflatten(session.variables_def, residuals.variables),
             inputs,
             keywords,
-            residuals.layout.fill(residuals.output),
+            layout.fill(residuals.output),
+            session.signature.build(perturbed.variables, perturbed.arrays, "inputs_first"),
         )
-        result = self._layout.fill(residuals.own).backward(call, y_bar)
+        rule = FunctionRule(*session.functions) if session.functions else self._layout.fill(residuals.own)
+        asked = {"updates_bar": updates_bar} if self.asks_updates else {}
+        result = rule.backward(call, y_bar, **asked)
         return session.signature.expected().conform(result, "inputs_first", self.author)
 
 
@@ -203,15 +227,15 @@ class _Residuals:
     variables: list[Any]
     arrays: list[Any]
     output: list[Any]
-    layout: Layout
+    facts: tuple[Layout, Perturbed]
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        return (self.pullback, self.own, self.variables, self.arrays, self.output), self.layout
+        return (self.pullback, self.own, self.variables, self.arrays, self.output), self.facts
 
     @classmethod
-    def tree_unflatten(cls, layout: Layout, children: Any) -> _Residuals:
+    def tree_unflatten(cls, facts: tuple[Layout, Perturbed], children: Any) -> _Residuals:
         pullback, own, variables, arrays, output = children
-        return cls(pullback, own, variables, arrays, output, layout)
+        return cls(pullback, own, variables, arrays, output, facts)
 
 
 def _is_static(field: dataclasses.Field[Any]) -> bool:
@@ -247,9 +271,9 @@ class FunctionRule(Rule):
 
     function: Callable[[Call, Any], Any] = static()
 
-    def backward(self, call: Call, y_bar: Any) -> Any:
+    def backward(self, call: Call, y_bar: Any, **updates_bar: Any) -> Any:
         """Calls the function."""
-        return self.function(call, y_bar)
+        return self.function(call, y_bar, **updates_bar)
 
     def __repr__(self) -> str:
         return getattr(self.function, "__name__", repr(self.function))

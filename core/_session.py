@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._arrays import ArrayType, Layout, is_inexact, take_apart
-from ._boundary import Boundary
+from ._arrays import ArrayType, Layout, is_inexact, is_ref, take_apart
+from ._boundary import Adapter, Boundary
 from ._conform import Expected, Signature
 from ._cotangents import Cotangents, Order
-from ._inputs import Handle, Input, Inputs
+from ._errors import ArgumentError
+from ._inputs import Input, Inputs
+from ._paths import leaves_with_paths, show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,19 @@ class Outcome:
         return Outcome(list(self.output_types), self.layout, [], self.updates_layout)
 
 
+class OpenedHandle(Protocol):
+    """The user's module handle, as far as a session has to know it."""
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter that opened it, if it is a module."""
+        ...
+
+    def split(self, inner: Any, functions: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        """Gives the handle that the user's function gets, and the modules that stand among the arguments."""
+        ...
+
+
 class Session:
     """An open boundary together with the call's arguments, everything flattened once.
 
@@ -44,16 +60,36 @@ class Session:
     as it likes.
     """
 
-    def __init__(self, boundary: Boundary, handle: Handle, inputs: Inputs, fn: Callable[..., Any]):
+    functions: Sequence[Any] = ()
+    """Those of the rule that run in its forward and its backward pass."""
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        handle: OpenedHandle,
+        inputs: Inputs,
+        fn: Callable[..., Any],
+        *,
+        with_variables: bool = True,
+    ):
         self.boundary = boundary
         self.fn = fn
         self.inputs = inputs
         self.adapter = handle.adapter
         self._handle = handle
+        self._handle_functions: Sequence[Any] = ()
         self.variables, self.variables_def = jax.tree.flatten(boundary.variables)
         self.context, self._context_layout = take_apart(boundary.context)
         self.variables_types = tuple(map(ArrayType.of, self.variables))
-        self.signature = Spec(self.variables_def, self.variables_types, tuple(inputs.differentiable), inputs.keywords)
+        self.signature = Spec(
+            self.variables_def, self.variables_types, tuple(inputs.differentiable), inputs.keywords, with_variables
+        )
+
+    def with_functions(self, fn: Callable[..., Any], handle: Sequence[Any], rule: Sequence[Any]) -> Session:
+        """Gives this session with other functions, of the same code, in the places of the user's."""
+        session = copy.copy(self)
+        session.fn, session._handle_functions, session.functions = fn, handle, rule
+        return session
 
     def release(self) -> None:
         """Lets go of the call's arrays: late runs get theirs as arguments, and JAX keeps what they run on."""
@@ -71,7 +107,7 @@ class Session:
         """Runs `fn` on the module; what it returns is taken apart while the module is still alive."""
 
         def inner(mdl: Any) -> tuple[list[Any], Layout, Any]:
-            user_mdl, held = self._handle.split(mdl)
+            user_mdl, held = self._handle.split(mdl, self._handle_functions)
             args, kwargs = self.inputs.rebuild(arrays, held)
             result = fn(user_mdl, *args, **kwargs)
             return unpack(result) if unpack else (*take_apart(result), None)
@@ -79,7 +115,10 @@ class Session:
         (out, layout, extra), updates = self.boundary.call(
             inner, jax.tree.unflatten(self.variables_def, variables), self._context_layout.fill(context)
         )
-        return Outcome(out, layout, *take_apart(updates), extra)
+        outcome = Outcome(out, layout, *take_apart(updates), extra)
+        _refuse_refs("The function", outcome.arrays, layout)
+        _refuse_refs("The module's state", outcome.updates, outcome.updates_layout)
+        return outcome
 
     def linearize(
         self, variables: Sequence[Any], context: Sequence[Any], arrays: Sequence[Any], order: Order
@@ -105,6 +144,17 @@ class Session:
         return Outcome(arrays_out, traced.layout, updates, traced.updates_layout), pullback
 
 
+def _refuse_refs(author: str, arrays: Sequence[Any], layout: Layout) -> None:
+    if not any(map(is_ref, arrays)):
+        return
+    places = leaves_with_paths(layout.fill_arrays_only(arrays))
+    path, ref = next((path, leaf) for path, leaf in places if is_ref(leaf))
+    raise ArgumentError(
+        f"{author} returns a {ArrayType.of(ref)} at {show(path)}, but a mutable array can only be an input of a "
+        "function under a rule. Return its value, ref[...]."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """The static shape of a call's cotangents; hashable, so it can stand in the treedef of a pullback."""
@@ -113,6 +163,7 @@ class Spec:
     variables_types: tuple[ArrayType, ...]
     inputs: tuple[Input, ...]
     keywords: Any  # a dict of `Input`; frozen dataclasses compare by value
+    with_variables: bool = True  # no cotangent of theirs is expected where there is no module
 
     def __hash__(self) -> int:
         return hash((self.variables_def, self.variables_types, len(self.inputs), tuple(sorted(self.keywords))))
@@ -132,7 +183,7 @@ class Spec:
         return Signature(
             [part.expected() for part in self.inputs],
             {name: part.expected() for name, part in self.keywords.items()},
-            Expected("`variables`", layout, self.variables_types),
+            Expected("`variables`", layout, self.variables_types) if self.with_variables else None,
         )
 
 

@@ -1,6 +1,7 @@
 """The mechanism behind `custom_vjp` and `Rule`: one `jax.custom_vjp` around an open boundary, with nothing closed over.
 
-Variables, context, inputs and a rule's own arrays are its arguments, all flat. A rule replaces the
+Variables, context, inputs, a rule's own arrays and traced values that the functions close over are its
+arguments, all flat. A rule replaces the
 pullback of the output with respect to the variables and the inputs. What it does not speak of
 keeps the module's own derivative: variables outside `grad_vars`, and the values that the call
 writes into the framework's state. That derivative is computed in the backward pass, from the call's
@@ -12,51 +13,39 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from ._arrays import Layout, is_inexact
+from ._behaviour import Behaviour, Perturbed
+from ._closures import Closures
 from ._errors import ArgumentError
 from ._inputs import Handle, Inputs
 from ._own_derivative import Bars, own_pullback, place
 from ._session import Outcome, Session, zero_of
 
 
-class Behaviour(Protocol):
-    """What differs between the ways to write a rule."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a call is wrapped, whatever its rule.
 
-    arrays: Sequence[Any]
-    """The rule's own arrays; arguments of the transform like all others."""
+    Args:
+        grad_vars: which variables the rule answers for.
+        nondiff_argnums: positions in `fn(mdl, *args)` that carry no gradient.
+        optimize_remat: as in `jax.custom_vjp.defvjp`; then everything counts as differentiated.
+    """
 
-    asks_updates: bool
-    """Whether `backward` takes care of the cotangents of the updates itself."""
-
-    author: str
-    """What errors call the rule."""
-
-    def forward(
-        self,
-        session: Session,
-        own: Sequence[Any],
-        variables: Sequence[Any],
-        context: Sequence[Any],
-        arrays: Sequence[Any],
-    ) -> tuple[Outcome, Any]:
-        """Runs the forward pass; returns its outcome and the residuals, a pytree of arrays."""
-        ...
-
-    def backward(self, session: Session, residuals: Any, y_bar: Any, updates_bar: Any) -> tuple[Any, ...]:
-        """Runs the rule; returns flat cotangents of inputs, keyword inputs and variables, `None` for zero."""
-        ...
+    grad_vars: Any = "params"
+    nondiff_argnums: Sequence[int] | int = ()
+    optimize_remat: bool = False
 
 
 def transformed_call(
     fn: Callable[..., Any],
     behaviour: Behaviour,
-    grad_vars: Any,
-    nondiff_argnums: Sequence[int] | int,
+    options: Options,
     mdl: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -65,19 +54,42 @@ def transformed_call(
     handle = Handle(mdl, args, kwargs)
     if handle.adapter.initializing(handle.opened):
         return fn(mdl, *args, **kwargs)
-    inputs = Inputs(fn, args, kwargs, nondiff_argnums, handle.held)
+    inputs = Inputs(fn, args, kwargs, options.nondiff_argnums, handle.held)
 
     def body(boundary: Any) -> tuple[Any, Any]:
-        session = Session(boundary, handle, inputs, fn)
-        call = _OneCall(session, behaviour)
-        out, updates = call(list(behaviour.arrays), session.variables, session.context, inputs.arrays)
-        session.release()
-        return call.layout.fill(out), call.updates_layout.fill(updates)
+        return call_inside(Session(boundary, handle, inputs, fn), behaviour, handle.functions, options.optimize_remat)
 
-    out = handle.adapter.lift(handle.opened, grad_vars, body)
+    out = handle.adapter.lift(handle.opened, options.grad_vars, body)
     inputs.arrays = []
     handle.release()
     return out
+
+
+def call_inside(
+    session: Session, behaviour: Behaviour, handle_functions: Sequence[Any], optimize_remat: bool
+) -> tuple[Any, Any]:
+    """Makes the call where the boundary is open; returns the output and the updates."""
+    functions = _Functions(session, behaviour, handle_functions)
+    call = _OneCall(session, behaviour, functions, optimize_remat)
+    closed = functions.closures.take()
+    out, updates = call(list(behaviour.arrays), closed, session.variables, session.context, session.inputs.arrays)
+    session.release()
+    return call.layout.fill(out), call.updates_layout.fill(updates)
+
+
+class _Functions:
+    """The user's functions in a call: the one called, those of its handle, and those of its rule."""
+
+    def __init__(self, session: Session, behaviour: Behaviour, handle_functions: Sequence[Any]):
+        values = (session.fn, *handle_functions, *behaviour.forward_functions)
+        self.closures = Closures(values, behaviour.backward_functions)
+        self._end_of_handle = 1 + len(handle_functions)
+
+    def around(self, session: Session, closed: Sequence[Any]) -> Session:
+        """Gives the session with functions that close over the given values of one run."""
+        fn, *others = self.closures.fill(closed)
+        end = self._end_of_handle - 1
+        return session.with_functions(fn, others[:end], others[end:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +97,7 @@ class _Facts:
     """What the backward pass must know about its forward pass, static."""
 
     layout: Layout
-    perturbed_context: tuple[bool, ...]
-    perturbed_arrays: tuple[bool, ...]
+    perturbed: Perturbed
 
 
 @jax.tree_util.register_pytree_node_class
@@ -95,16 +106,17 @@ class _Kept:
     """The residuals of one forward pass. `primals` are references to the call's arguments, or empty."""
 
     residuals: Any
+    closed: list[Any]
     primals: Any
     facts: _Facts
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        return (self.residuals, self.primals), self.facts
+        return (self.residuals, self.closed, self.primals), self.facts
 
     @classmethod
     def tree_unflatten(cls, facts: _Facts, children: Any) -> _Kept:
-        residuals, primals = children
-        return cls(residuals, primals, facts)
+        residuals, closed, primals = children
+        return cls(residuals, closed, primals, facts)
 
 
 class _OneCall:
@@ -113,27 +125,32 @@ class _OneCall:
     layout: Layout
     updates_layout: Layout
 
-    def __init__(self, session: Session, behaviour: Behaviour):
+    def __init__(self, session: Session, behaviour: Behaviour, functions: _Functions, optimize_remat: bool):
         self._session = session
         self._behaviour = behaviour
+        self._functions = functions
+        self._optimize_remat = optimize_remat
         self._seen: Outcome | None = None
 
     def __call__(self, *groups: list[Any]) -> tuple[list[Any], list[Any]]:
         call = jax.custom_vjp(self._primal)
         # Symbolic zeros say what is differentiated at all, which decides what has to be kept. The
-        # coming implementation of custom_vjp does not have them yet; then all counts as differentiated.
-        call.defvjp(self._forward, self._backward, symbolic_zeros=not getattr(jax.config, "jax_custom_vjp3", False))
+        # coming implementation of custom_vjp does not have them yet, nor has `optimize_remat`; then all
+        # counts as differentiated.
+        lacking = self._optimize_remat or getattr(jax.config, "jax_custom_vjp3", False)
+        call.defvjp(self._forward, self._backward, symbolic_zeros=not lacking, optimize_remat=self._optimize_remat)
         self._ends = list(itertools.accumulate(map(len, groups)))
         # One argument an array: under remat, the coming implementation takes no trees.
         return call(*itertools.chain(*groups))
 
     def _grouped(self, flat: Sequence[Any]) -> list[list[Any]]:
-        """Cuts the flat arguments into the rule's own arrays, variables, context and inputs."""
+        """Cuts the flat arguments into the rule's own arrays, closed-over ones, variables, context and inputs."""
         return [list(flat[start:end]) for start, end in itertools.pairwise([0, *self._ends])]
 
     def _primal(self, *flat: Any) -> tuple[list[Any], list[Any]]:
-        _, variables, context, arrays = self._grouped(flat)
-        return self._record(self._session.run(self._session.fn, variables, context, arrays))
+        _, closed, variables, context, arrays = self._grouped(flat)
+        session = self._functions.around(self._session, closed)
+        return self._record(session.run(session.fn, variables, context, arrays))
 
     def _record(self, outcome: Outcome) -> tuple[list[Any], list[Any]]:
         """Keeps the static half of a run's results, and checks that all runs agree."""
@@ -145,33 +162,38 @@ class _OneCall:
 
     def _forward(self, *flat: Any) -> tuple[tuple[list[Any], list[Any]], _Kept]:
         groups = self._grouped(flat)
-        own, variables, context, arrays = map(_values, groups)
-        outcome, residuals = self._behaviour.forward(self._session, own, variables, context, arrays)
+        own, closed, variables, context, arrays = map(_values, groups)
+        perturbed = Perturbed(*(tuple(map(_perturbed, group)) for group in groups[2:]))
+        session = self._functions.around(self._session, closed)
+        outcome, residuals = self._behaviour.forward(session, own, variables, context, arrays, perturbed)
         results = self._record(outcome)
-        perturbed_context, perturbed_arrays = (tuple(map(_perturbed, group)) for group in groups[2:])
-        keywords = [index for part in self._session.inputs.keywords.values() for index in part.indices]
-        unspoken = any(perturbed_context) or any(perturbed_arrays[index] for index in keywords)
+        keywords = [index for part in session.inputs.keywords.values() for index in part.indices]
+        unspoken = any(perturbed.context) or any(perturbed.arrays[index] for index in keywords)
         needed = unspoken or any(map(is_inexact, outcome.updates))
-        facts = _Facts(outcome.layout, perturbed_context, perturbed_arrays)
-        return results, _Kept(residuals, (variables, context, arrays) if needed else (), facts)
+        facts = _Facts(outcome.layout, perturbed)
+        return results, _Kept(residuals, closed, (variables, context, arrays) if needed else (), facts)
 
     def _backward(self, kept: _Kept, results_bar: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
         y_bars, updates_bars = results_bar
-        bars = Bars.zero(*(end - start for start, end in itertools.pairwise(self._ends)))
-        spoken = self._add_rule(bars, kept, y_bars, updates_bars)
-        self._add_rest(bars, kept, y_bars, updates_bars, spoken)
-        return (*[None] * self._ends[0], *bars.variables, *bars.context, *bars.arrays)
+        bars = Bars.zero(*(end - start for start, end in itertools.pairwise(self._ends[1:])))
+        session = self._functions.around(self._session, kept.closed)
+        spoken = self._add_rule(session, bars, kept, y_bars, updates_bars)
+        self._add_rest(session, bars, kept, y_bars, updates_bars, spoken)
+        return (*[None] * self._ends[1], *bars.variables, *bars.context, *bars.arrays)
 
-    def _add_rule(self, bars: Bars, kept: _Kept, y_bars: list[Any], updates_bars: list[Any]) -> set[int]:
+    def _add_rule(
+        self, session: Session, bars: Bars, kept: _Kept, y_bars: list[Any], updates_bars: list[Any]
+    ) -> set[int]:
         """Runs the rule; returns the positions of the inputs that it answers for."""
-        inputs, asked = self._session.inputs, self._behaviour.asks_updates
+        inputs, asked = session.inputs, self._behaviour.asks_updates
         spoken = {index for part in (*inputs.differentiable, *inputs.without_gradient) for index in part.indices}
         if all(map(_is_zero, y_bars)) and not (asked and not all(map(_is_zero, updates_bars))):
             return spoken  # the pullback of zero is zero, and a rule that normalises would make NaN of it
-        y_bar = kept.facts.layout.fill_arrays_only(map(_materialized, y_bars))
+        symbolic = self._behaviour.symbolic_zeros
+        y_bar = kept.facts.layout.fill_arrays_only(y_bars if symbolic else map(_materialized, y_bars))
         updates_bar = self.updates_layout.fill_arrays_only(map(_materialized, updates_bars)) if asked else None
-        with self._session.boundary.closed():
-            answer = self._behaviour.backward(self._session, kept.residuals, y_bar, updates_bar)
+        with session.boundary.closed():
+            answer = self._behaviour.backward(session, kept.residuals, y_bar, updates_bar)
         by_position, by_keyword, bars.variables = answer
         for part, flat in zip(inputs.differentiable, by_position, strict=True):
             place(bars.arrays, part.indices, flat)
@@ -180,17 +202,25 @@ class _OneCall:
             spoken |= set(inputs.keywords[name].indices)
         return spoken
 
-    def _add_rest(self, bars: Bars, kept: _Kept, y_bars: list[Any], updates_bars: list[Any], spoken: set[int]) -> None:
+    def _add_rest(
+        self,
+        session: Session,
+        bars: Bars,
+        kept: _Kept,
+        y_bars: list[Any],
+        updates_bars: list[Any],
+        spoken: set[int],
+    ) -> None:
         """Adds the module's own derivative of all that the rule does not speak of."""
-        inputs, facts = self._session.inputs, kept.facts
-        unspoken = [index for index, able in enumerate(facts.perturbed_arrays) if able and index not in spoken]
+        inputs, perturbed = session.inputs, kept.facts.perturbed
+        unspoken = [index for index, able in enumerate(perturbed.arrays) if able and index not in spoken]
         updates_flow = not all(map(_is_zero, updates_bars))
         updates_unspoken = updates_flow and not self._behaviour.asks_updates
-        if not (unspoken or updates_unspoken or any(facts.perturbed_context)):
+        if not (unspoken or updates_unspoken or any(perturbed.context)):
             return
-        pullback = own_pullback(self._session, kept.primals, facts.perturbed_context)
+        pullback = own_pullback(session, kept.primals, perturbed.context)
         sources = []
-        if unspoken or any(facts.perturbed_context):
+        if unspoken or any(perturbed.context):
             sources.append(pullback([*map(_materialized, y_bars)], None))
         if updates_flow:
             sources.append(pullback(None, [*map(_materialized, updates_bars)]))
