@@ -14,17 +14,19 @@ from haiku._src import module as haiku_module
 
 from crossvjp import HandleError
 
-# Thread-local stacks that a call runs under. A late run finds them empty, so each run sets them.
-_STACKS: tuple[Any, ...] = (
-    base.param_creator_stack,
-    base.state_creator_stack,
-    base.param_getter_stack,
-    base.state_getter_stack,
-    base.state_setter_stack,
-    base.closure_boundary_stack,
-    haiku_module.interceptor_stack,
-    mixed_precision._thread_local_state._current_policy,
-)
+
+def _stacks() -> tuple[Any, ...]:
+    """Lists this thread's stacks that a call runs under. A late run finds them empty, so each run sets them."""
+    return (
+        base.param_creator_stack,
+        base.state_creator_stack,
+        base.param_getter_stack,
+        base.state_getter_stack,
+        base.state_setter_stack,
+        base.closure_boundary_stack,
+        haiku_module.interceptor_stack,
+        mixed_precision._thread_local_state._current_policy,
+    )
 
 
 class MissedError(Exception):
@@ -38,7 +40,7 @@ class Frame:
         self._live: Any = base.current_frame()
         self._start = self._live.evolve(None, None, None)._replace(rng_stack=_no_keys())
         self._context: Any = base.current_context()
-        self._stacks = [stack.clone() for stack in _STACKS]
+        self._stacks = [stack.clone() for stack in _stacks()]
         self.params: Mapping[str, Mapping[str, Any]] = self._live.params
         self.state: Mapping[str, Mapping[str, Any]] = self._live.state or {}
         self._known = {*self.params, *self.state}
@@ -116,13 +118,14 @@ class Frame:
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
         """Sets this thread's stacks as they were when the frame was copied."""
-        saved = [stack._storage for stack in _STACKS]
+        stacks = _stacks()
+        saved = [stack._storage for stack in stacks]
         try:
-            for stack, then in zip(_STACKS, self._stacks, strict=True):
+            for stack, then in zip(stacks, self._stacks, strict=True):
                 stack._storage = then.clone()._storage
             yield
         finally:
-            for stack, storage in zip(_STACKS, saved, strict=True):
+            for stack, storage in zip(stacks, saved, strict=True):
                 stack._storage = storage
 
 

@@ -62,6 +62,7 @@ class TransformedAdapter:
 
     name = "Haiku (transformed)"
     by_reference = False
+    finds_closures = False
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, BoundTransformed | hk.Transformed | hk.TransformedWithState)

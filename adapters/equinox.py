@@ -16,6 +16,7 @@ class EquinoxAdapter:
 
     name = "Equinox"
     by_reference = False
+    finds_closures = False
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, eqx.Module)

@@ -71,6 +71,7 @@ class HaikuAdapter:
 
     name = "Haiku"
     by_reference = True
+    finds_closures = True  # by running, see `_find`
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, hk.Module) or (isinstance(mdl, types.FunctionType) and _inside_transform())

@@ -108,6 +108,7 @@ class LinenAdapter:
 
     name = "Flax Linen"
     by_reference = True
+    finds_closures = False
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, nn.Module | Scope)

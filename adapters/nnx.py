@@ -103,6 +103,7 @@ class NnxAdapter:
 
     name = "Flax NNX"
     by_reference = True
+    finds_closures = False
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, nnx.Pytree | nnx.Variable)

@@ -28,6 +28,7 @@ class PytreeAdapter:
 
     name = "plain JAX"
     by_reference = False
+    finds_closures = False
 
     def matches(self, mdl: Any) -> bool:
         return False  # the last resort: the registry falls back on it for any tree with arrays

@@ -32,11 +32,15 @@ class ArrayType:
     shape: tuple[int, ...]
     dtype: Any
     is_ref: bool = False
+    aval: Any = dataclasses.field(default=None, compare=False, repr=False)
+    """JAX's type, which has the sharding and the varying axes of `shard_map` too."""
 
     @staticmethod
     def of(leaf: Any) -> ArrayType:
-        """Reads the type off an array, a tracer or a symbolic zero."""
-        return ArrayType(tuple(leaf.shape), leaf.dtype, is_ref(leaf))
+        """Reads the type off an array or a tracer; a type stays as it is."""
+        if isinstance(leaf, ArrayType):
+            return leaf
+        return ArrayType(tuple(leaf.shape), leaf.dtype, is_ref(leaf), jax.typeof(leaf))
 
     def __str__(self) -> str:
         array = f"{np.dtype(self.dtype).name if not self._is_extended else self.dtype}{list(self.shape)}"

@@ -73,6 +73,9 @@ class Adapter(Protocol):
     handle is a value, an argument that is one is an input like any other pytree.
     """
 
+    finds_closures: bool
+    """Whether modules that a function reaches by closure are opened with the handle."""
+
     def matches(self, mdl: Any) -> bool:
         """Says whether `mdl` is a handle of this framework.
 

@@ -35,20 +35,25 @@ class Closures:
         values: functions that the output of a call depends on. A value that these close over may not
             be differentiated: a rule gives no cotangent for it.
         backward: functions of the backward pass alone, on which the output does not depend.
+        opened: modules that are no part of the closure, since the call opens them itself.
     """
 
-    def __init__(self, values: Sequence[Any], backward: Sequence[Any] = ()):
+    def __init__(self, values: Sequence[Any], backward: Sequence[Any] = (), opened: Sequence[Any] = ()):
+        self.modules: list[str] = []
+        """Names of the modules that `values` reach, and that refer to arrays which are not found here."""
+        self._opened = set(map(id, opened))
         self._arrays: list[Any] = []
         self._names: list[str] = []
         self._seen: dict[int, Make | None] = {}
         self._functions = (*values, *backward)
         self._makers = [self._visit(function, _name_of(function)) for function in values]
-        guarded = len(self._arrays)
+        guarded, modules = len(self._arrays), len(self.modules)
         self._makers += [self._visit(function, _name_of(function)) for function in backward]
         self._seen.clear()
+        del self.modules[modules:]
         for index in range(guarded):
             if is_inexact(self._arrays[index]):
-                self._arrays[index] = _refuse_derivative(self._arrays[index], self._names[index])
+                self._arrays[index] = refuse_derivative(self._arrays[index], f"`{self._names[index]}`")
 
     def take(self) -> list[Any]:
         """Hands over the values, once: what late runs keep must hold no array."""
@@ -121,12 +126,11 @@ class Closures:
         return make
 
     def _tree(self, value: Any, name: str) -> Make | None:
-        if value is None or is_reference(value):
-            return None
-        leaves, treedef = jax.tree.flatten(value)
+        leaves, treedef = jax.tree.flatten(value, is_leaf=is_reference)
+        self.modules += [name for leaf in leaves if is_reference(leaf) and id(leaf) not in self._opened]
         if not any(isinstance(leaf, (Tracer, *_CALLABLES)) for leaf in leaves):
             return None
-        paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(value)]
+        paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(value, is_leaf=is_reference)]
         named = [(leaf, name + (show(path) if path else "")) for leaf, path in zip(leaves, paths, strict=True)]
         return self._rebuilt(lambda parts: jax.tree.unflatten(treedef, parts), named)
 
@@ -143,7 +147,7 @@ def _is_leaf(part: Any) -> bool:
     """Says whether there is nothing to find, so that a leaf is not taken for a tree again and again."""
     if isinstance(part, (Tracer, *_CALLABLES)):
         return False
-    return jax.tree_util.all_leaves([part])
+    return is_reference(part) or jax.tree_util.all_leaves([part])
 
 
 def _content(cell: Any) -> Any:
@@ -157,7 +161,7 @@ def _name_of(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _refuse_derivative(value: Any, name: str) -> Any:
+def refuse_derivative(value: Any, what: str) -> Any:
     """Passes a value on, and makes its differentiation an error: then, if late, and not before."""
     type_ = ArrayType.of(value)
 
@@ -168,13 +172,9 @@ def _refuse_derivative(value: Any, name: str) -> Any:
     @pass_on.defjvp
     def refuse(primals: Any, tangents: Any) -> Any:
         raise ArgumentError(
-            f"`{name}`, a {type_}, is differentiated, but the function under the rule reaches it by closure, where "
-            f"the rule can give no cotangent for it. Pass it as an input, fn(mdl, *inputs, {_bare(name)}), or, if it "
-            "needs no gradient, use jax.lax.stop_gradient of it."
+            f"{what}, a {type_}, is differentiated, but the function under the rule reaches it by closure, where the "
+            "rule can give no cotangent for it. Pass it as an input of the function, fn(mdl, *inputs), or, if it needs "
+            "no gradient, use jax.lax.stop_gradient of it."
         )
 
     return pass_on(value)
-
-
-def _bare(name: str) -> str:
-    return name if name.isidentifier() else "value"

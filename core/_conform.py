@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import dataclasses
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +17,34 @@ from ._arrays import ArrayType, Layout, is_array
 from ._cotangents import Cotangents, Order
 from ._errors import CotangentError
 from ._paths import Path, leaves_with_paths, show
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """What a rule returned that was forgiven, for whoever checks rules: a missing cotangent, or another dtype."""
+
+    argument: str
+    path: Path
+    expected: ArrayType
+    came: ArrayType | None
+
+    def __str__(self) -> str:
+        came = "None" if self.came is None else str(self.came)
+        return f"{came} for {self.argument}, which is {self.expected} at {show(self.path)}"
+
+
+_notes: contextvars.ContextVar[list[Note] | None] = contextvars.ContextVar("crossvjp_notes", default=None)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Note]]:
+    """Collects the notes of all rules that run inside."""
+    notes: list[Note] = []
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
 
 
 class Expected:
@@ -36,9 +67,9 @@ class Expected:
         Raises:
             CotangentError: a leaf is missing, too many, of another shape, or of a dtype that can't be cast.
         """
-        if given is None:
-            return [None] * len(self.types)
         expected = leaves_with_paths(self.tree)
+        if given is None:
+            return [self._leaf(path, type_, None, author) for path, type_ in expected if type_ is not None]
         leaves, treedef = jax.tree.flatten(given, is_leaf=_is_none)
         if treedef != jax.tree.structure(self.tree, is_leaf=_is_none):
             leaves = self._by_path(expected, given, author)
@@ -52,12 +83,15 @@ class Expected:
         """Finds the leaves by their paths, so that a dict does for a FrozenDict and a State for a Module."""
         at = {_unboxed(path): index for index, (path, _) in enumerate(expected)}
         found: dict[int, Any] = {}
-        for path, leaf in leaves_with_paths(given):
-            path = _unboxed(path)
-            if path in at:
-                found[at[path]] = leaf
-            elif leaf is None:
-                found |= {index: None for other, index in at.items() if other[: len(path)] == path}
+        for path, leaf in leaves_with_paths(_with_dicts(given)):
+            if leaf is None:  # for a leaf, boxed or not, or for all below a node, whatever the names there
+                found |= {
+                    index: None
+                    for index, (other, _) in enumerate(expected)
+                    if other[: len(path)] == path or _unboxed(other) == _unboxed(path)
+                }
+            elif _unboxed(path) in at:
+                found[at[_unboxed(path)]] = leaf
             else:
                 raise CotangentError(
                     f"{author}'s cotangent of {self.name} has a leaf at {show(path)} where {self.name} has none. "
@@ -72,7 +106,10 @@ class Expected:
         return [found.get(index) for index in range(len(expected))]
 
     def _leaf(self, path: Path, type_: ArrayType, leaf: Any, author: str) -> Any:
-        if leaf is None or isinstance(leaf, SymbolicZero) or not type_.is_inexact:
+        if not type_.is_inexact:
+            return None
+        if leaf is None or isinstance(leaf, SymbolicZero):
+            self._note(path, type_, None)
             return None
         if isinstance(leaf, numbers.Number):
             leaf = jnp.asarray(leaf)
@@ -83,6 +120,7 @@ class Expected:
             )
         came = ArrayType.of(leaf)
         if came.dtype == jax.dtypes.float0:
+            self._note(path, type_, came)
             return None
         loses = jnp.issubdtype(came.dtype, jnp.complexfloating) and not jnp.issubdtype(type_.dtype, jnp.complexfloating)
         if came.shape != type_.shape or loses:
@@ -90,7 +128,15 @@ class Expected:
             raise CotangentError(
                 f"{author}'s cotangent of {self.name} must be {type_} at {show(path)}, but is {came}{hint}."
             )
-        return leaf if came.dtype == type_.dtype else jnp.asarray(leaf).astype(type_.dtype)
+        if came.dtype == type_.dtype:
+            return leaf
+        self._note(path, type_, came)
+        return jnp.asarray(leaf).astype(type_.dtype)
+
+    def _note(self, path: Path, type_: ArrayType, came: ArrayType | None) -> None:
+        notes = _notes.get()
+        if notes is not None:
+            notes.append(Note(self.name, path, type_, came))
 
 
 class Signature:
@@ -162,7 +208,7 @@ class Signature:
         )
 
     def _fits_reversed(self, result: Any, order: Order, author: str) -> bool:
-        if self.variables is None:
+        if self.variables is None or not jax.tree.leaves(result):  # nothing but None fits any order
             return False
         inputs, variables = (result[1:], result[0]) if order == "inputs_first" else (result[:-1], result[-1])
         try:
@@ -190,6 +236,15 @@ class Signature:
 
 def _is_none(leaf: Any) -> bool:
     return leaf is None
+
+
+def _with_dicts(tree: Any) -> Any:
+    """Reads mappings of other kinds as dicts: JAX knows the keys of some, of others only positions."""
+
+    def converted(node: Any) -> Any:
+        return {str(key): _with_dicts(value) for key, value in node.items()} if isinstance(node, Mapping) else node
+
+    return jax.tree.map(converted, tree, is_leaf=lambda node: isinstance(node, Mapping) or node is None)
 
 
 def _unboxed(path: Path) -> Path:

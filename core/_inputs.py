@@ -14,7 +14,7 @@ from ._arrays import ArrayType, Layout, Static, is_array
 from ._boundary import Adapter
 from ._conform import Expected
 from ._errors import ArgumentError
-from ._registry import adapter_of, held_modules
+from ._registry import adapter_of, held_modules, is_reference
 
 
 class Handle:
@@ -43,6 +43,12 @@ class Handle:
         module, held = inner if self._holds else (inner, ())
         module = functions[0] if functions else module
         return (module if self._method is None else types.MethodType(self._method, module)), held
+
+    @property
+    def modules(self) -> list[Any]:
+        """The live modules, those inside of a composite handle among them."""
+        leaves = jax.tree.leaves(self.opened, is_leaf=is_reference)
+        return [leaf for leaf in leaves if is_reference(leaf)]
 
     def release(self) -> None:
         """Lets go of the live modules; late runs get rebuilt ones."""

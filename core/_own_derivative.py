@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ._arrays import ArrayType, is_inexact, is_ref
 from ._errors import ArgumentError
-from ._session import Session, merge, pick
+from ._session import Session, merge, pick, zero_of
 
 
 @dataclasses.dataclass
@@ -68,7 +67,7 @@ def own_pullback(
 
     def pullback(*bars: list[Any] | None) -> Bars:
         seeds = tuple(
-            [jnp.zeros_like(array) for array in group] if given is None else pick(kind, given)
+            [zero_of(array) for array in group] if given is None else pick(kind, given)
             for group, given, kind in zip(out, bars, kinds, strict=True)
         )
         found = Bars.zero(len(variables), len(context), len(arrays))

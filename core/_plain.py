@@ -134,6 +134,7 @@ class _NoModule:
 
 class _NoHandle:
     adapter = None
+    modules: Sequence[Any] = ()
 
     def split(self, inner: Any, functions: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
         return None, ()

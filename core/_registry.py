@@ -24,6 +24,9 @@ _BUILT_IN = {
 _PLAIN = "crossvjp.adapters.pytree"
 
 _registered: list[Adapter] = []
+
+# What types belong to, for one set of adapters. A new set gets a new dict, so that a thread that is still
+# asking the old ones writes its answer where nobody looks any more.
 _by_type: dict[type, Adapter | None] = {}
 _asked: tuple[str, ...] = ()
 
@@ -37,8 +40,9 @@ def register_adapter(adapter: Adapter) -> Adapter:
     Returns:
         The adapter.
     """
+    global _by_type
     _registered.insert(0, adapter)
-    _by_type.clear()
+    _by_type = {}
     return adapter
 
 
@@ -79,17 +83,17 @@ def _adapter_of_type(part: Any) -> Adapter | None:
 
     Functions are no parts of a handle: an activation in a dict of parameters stays what it is.
     """
-    global _asked
+    global _asked, _by_type
     kind = type(part)
     if kind is types.FunctionType:
         return None
     loaded = _loaded_frameworks()
     if loaded != _asked:  # a framework was imported since: what was unknown may be known now
-        _by_type.clear()
-        _asked = loaded
-    if kind not in _by_type:
-        _by_type[kind] = _ask(part, loaded)
-    return _by_type[kind]
+        _by_type, _asked = {}, loaded
+    known = _by_type
+    if kind not in known:
+        known[kind] = _ask(part, loaded)
+    return known[kind]
 
 
 def _loaded_frameworks() -> tuple[str, ...]:

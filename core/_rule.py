@@ -85,6 +85,12 @@ class Rule(abc.ABC):
         10.0
     """
 
+    linear = True
+    """Whether the cotangents are linear in `y_bar`, for `crossvjp.testing.check_rule`; a subclass says if not."""
+
+    exact = False
+    """Whether they are those of the function itself, computed in another way; for `check_rule` too."""
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True)(cls)
@@ -94,9 +100,9 @@ class Rule(abc.ABC):
     def backward(self, call: Call, y_bar: Any) -> Any:
         """Gives the cotangents of a module call.
 
-        A method with a further parameter `updates_bar` also gets the cotangents of the values that
-        the call wrote into the framework's state, and answers for them; otherwise they keep the
-        module's own derivative.
+        A method with a further parameter `updates_bar=None` also gets the cotangents of the values
+        that the call wrote into the framework's state, and answers for them; otherwise they keep
+        the module's own derivative.
 
         Args:
             call: the call: its pullback, variables, inputs and output.
@@ -149,24 +155,32 @@ class Rule(abc.ABC):
         return under_rule
 
 
-def rule(backward: Callable[[Call, Any], Any]) -> Rule:
+@overload
+def rule(backward: Callable[..., Any]) -> Rule: ...
+@overload
+def rule(*, linear: bool = True, exact: bool = False) -> Callable[[Callable[..., Any]], Rule]: ...
+def rule(backward: Callable[..., Any] | None = None, *, linear: bool = True, exact: bool = False) -> Any:
     """Makes a rule without fields of a function `backward(call, y_bar)`.
 
     Args:
         backward: as `Rule.backward`.
+        linear: as `Rule.linear`.
+        exact: as `Rule.exact`.
 
     Returns:
-        The rule.
+        The rule; without `backward`, a decorator that makes it.
 
     Example:
-        >>> @rule
+        >>> @rule(linear=False)
         ... def sign_gradient(call, y_bar):
         ...     bar = call.pullback(y_bar)
         ...     return bar.replace(variables=jax.tree.map(jax.numpy.sign, bar.variables))
         >>> float(jax.grad(sign_gradient.lift(lambda w, x: w * x))(jax.numpy.array(3.0), 5.0))
         1.0
     """
-    return FunctionRule(backward)
+    if backward is None:
+        return lambda backward: FunctionRule(backward, linear, exact)
+    return FunctionRule(backward, linear, exact)
 
 
 def _call(mdl: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,9 +225,9 @@ class _ByRule:
             layout.fill(residuals.output),
             session.signature.build(perturbed.variables, perturbed.arrays, "inputs_first"),
         )
-        rule = FunctionRule(*session.functions) if session.functions else self._layout.fill(residuals.own)
+        backward = session.functions[0] if session.functions else self._layout.fill(residuals.own).backward
         asked = {"updates_bar": updates_bar} if self.asks_updates else {}
-        result = rule.backward(call, y_bar, **asked)
+        result = backward(call, y_bar, **asked)
         return session.signature.expected().conform(result, "inputs_first", self.author)
 
 
@@ -269,11 +283,13 @@ def _unflattener(cls: type[Rule]) -> Callable[[Any, Any], Rule]:
 class FunctionRule(Rule):
     """A rule that is one function."""
 
-    function: Callable[[Call, Any], Any] = static()
+    function: Callable[..., Any] = static()
+    linear: bool = static(default=True)
+    exact: bool = static(default=False)
 
-    def backward(self, call: Call, y_bar: Any, **updates_bar: Any) -> Any:
+    def backward(self, call: Call, y_bar: Any) -> Any:
         """Calls the function."""
-        return self.function(call, y_bar, **updates_bar)
+        return self.function(call, y_bar)
 
     def __repr__(self) -> str:
         return getattr(self.function, "__name__", repr(self.function))

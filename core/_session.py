@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters.ad import zeros_like_aval
 
 from ._arrays import ArrayType, Layout, is_inexact, is_ref, take_apart
 from ._boundary import Adapter, Boundary
@@ -48,6 +49,11 @@ class OpenedHandle(Protocol):
         """The adapter that opened it, if it is a module."""
         ...
 
+    @property
+    def modules(self) -> Sequence[Any]:
+        """The live modules that are opened for the call."""
+        ...
+
     def split(self, inner: Any, functions: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
         """Gives the handle that the user's function gets, and the modules that stand among the arguments."""
         ...
@@ -76,6 +82,7 @@ class Session:
         self.fn = fn
         self.inputs = inputs
         self.adapter = handle.adapter
+        self.opened = handle.modules
         self._handle = handle
         self._handle_functions: Sequence[Any] = ()
         self.variables, self.variables_def = jax.tree.flatten(boundary.variables)
@@ -94,6 +101,7 @@ class Session:
     def release(self) -> None:
         """Lets go of the call's arrays: late runs get theirs as arguments, and JAX keeps what they run on."""
         self.variables = self.context = []
+        self.opened = ()
         self.boundary.variables = self.boundary.context = None
 
     def run(
@@ -254,8 +262,9 @@ def merge(mask: Sequence[bool], chosen: Sequence[Any], others: Sequence[Any], *,
     return [next(first) if able else next(second) for able in mask]
 
 
-def zero_of(type_: Any) -> Any:
-    """Makes the zero cotangent of anything with a shape and a dtype, a symbolic zero among them."""
-    if type_.dtype == jax.dtypes.float0 or not jnp.issubdtype(type_.dtype, jnp.inexact):
-        return np.zeros(type_.shape, jax.dtypes.float0)
-    return jnp.zeros(type_.shape, type_.dtype)
+def zero_of(like: Any) -> Any:
+    """Makes the zero cotangent of an array, its `ArrayType` or a symbolic zero, sharded and varying as that is."""
+    if like.dtype == jax.dtypes.float0 or not jnp.issubdtype(like.dtype, jnp.inexact):
+        return np.zeros(like.shape, jax.dtypes.float0)
+    aval = like.aval if hasattr(like, "aval") else jax.typeof(like)
+    return zeros_like_aval(aval.strip_weak_type())

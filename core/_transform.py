@@ -16,10 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from ._arrays import Layout, is_inexact
+from ._arrays import Layout, is_array, is_inexact
 from ._behaviour import Behaviour, Perturbed
+from ._closed_modules import guards_of_modules
 from ._closures import Closures
 from ._errors import ArgumentError
 from ._inputs import Handle, Inputs
@@ -72,6 +74,7 @@ def call_inside(
     functions = _Functions(session, behaviour, handle_functions)
     call = _OneCall(session, behaviour, functions, optimize_remat)
     closed = functions.closures.take()
+    closed += guards_of_modules(session, functions.closures, functions.around, closed)
     out, updates = call(list(behaviour.arrays), closed, session.variables, session.context, session.inputs.arrays)
     session.release()
     return call.layout.fill(out), call.updates_layout.fill(updates)
@@ -82,7 +85,7 @@ class _Functions:
 
     def __init__(self, session: Session, behaviour: Behaviour, handle_functions: Sequence[Any]):
         values = (session.fn, *handle_functions, *behaviour.forward_functions)
-        self.closures = Closures(values, behaviour.backward_functions)
+        self.closures = Closures(values, behaviour.backward_functions, session.opened)
         self._end_of_handle = 1 + len(handle_functions)
 
     def around(self, session: Session, closed: Sequence[Any]) -> Session:
@@ -250,13 +253,18 @@ def _check_same(before: Outcome, outcome: Outcome) -> None:
 
 
 def _values(group: Any) -> list[Any]:
-    return [leaf.value if isinstance(leaf, CustomVJPPrimal) else leaf for leaf in group]
+    return [_value(leaf.value if isinstance(leaf, CustomVJPPrimal) else leaf) for leaf in group]
+
+
+def _value(leaf: Any) -> Any:
+    # A Python number that is differentiated, jax.grad(f)(1.0), arrives as one, though its tracer was an array.
+    return leaf if is_array(leaf) else jnp.asarray(leaf)
 
 
 def _perturbed(leaf: Any) -> bool:
     if isinstance(leaf, CustomVJPPrimal):
-        return leaf.perturbed and is_inexact(leaf.value)
-    return is_inexact(leaf)
+        return leaf.perturbed and is_inexact(_value(leaf.value))
+    return is_inexact(_value(leaf))
 
 
 def _is_zero(bar: Any) -> bool:

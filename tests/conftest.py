@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 
+import jax
 import pytest
 from worlds import WORLDS, World
+
+jax.config.update("jax_num_cpu_devices", 8)  # for test_sharding.py; the others run on the first of them
 
 _MADE: dict[str, World] = {}
 

@@ -166,6 +166,7 @@ class BoxAdapter:
 
     name = "Box"
     by_reference = True
+    finds_closures = False
 
     def matches(self, mdl):
         return isinstance(mdl, Box)
