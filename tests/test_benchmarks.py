@@ -11,6 +11,9 @@ import pytest
 
 pytest.importorskip("rich")
 FRAMEWORKS = ["plain JAX", "Linen", "NNX", "Haiku", "Equinox"]
+WRITES_STATE = ["Linen", "NNX", "Haiku"]  # in the others the state is an output like any other
+# In JAX's coming custom_vjp no zero is symbolic, so the derivative of the written state is always computed.
+COMING = jax.config.values["jax_custom_vjp3"]
 each_framework = pytest.mark.parametrize("framework", FRAMEWORKS)
 
 
@@ -32,7 +35,11 @@ def test_a_compiled_rule_costs_what_it_costs_by_hand(
     benchmarks: Any, framework: str, layer: str, program: str, variant: str
 ) -> None:
     """Flops, bytes accessed, and the bytes of temporaries, arguments and outputs are the same, exactly."""
-    assert benchmarks.cost(framework, layer, variant, program) == benchmarks.cost(framework, layer, "by hand", program)
+    ours, by_hand = (benchmarks.cost(framework, layer, each, program) for each in (variant, "by hand"))
+    if COMING and layer == "block" and framework in WRITES_STATE:
+        assert by_hand.flops < ours.flops < 2 * by_hand.flops
+        return
+    assert ours == by_hand
 
 
 @each_framework

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same_bits
 from hosts import HOSTS, Host, kernel_and_bias, the_input
 
 import crossvjp
+from crossvjp.testing import assert_close, assert_same_bits
 
 
 def f(mdl, x):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from demand import each_framework, each_outer, each_way, scalar
 from flax import nnx
-from helpers import assert_close, assert_same_bits
 from hosts import the_input
 from rules import identity, unchanged
 
 import crossvjp
+from crossvjp.testing import assert_close, assert_same_bits
 
 
 def scaled(mdl, x, scale=1.0, *, shift):

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from demand import each_outer, each_way, times, triple, tripled
 from flax import nnx
-from helpers import assert_close, assert_same_bits
 from hosts import the_input
 
 import crossvjp
+from crossvjp.testing import assert_close, assert_same_bits
 
 KEY = jax.random.key(0)
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from demand import FRAMEWORKS, each_framework, each_outer, gradients, scalar, times
 from flax import nnx
-from helpers import assert_close, assert_same_bits, numbers
 from hosts import the_input
 from rules import f, fwd, sign_gradient
 
 import crossvjp
+from crossvjp.testing import assert_close, assert_same_bits, numbers
 
 
 def containers_of(host: Any) -> dict[str, Any]:

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import pytest
 from demand import each_outer, scalar, times, triple
 from flax import nnx
-from helpers import assert_close, assert_same_bits
 from hosts import HOSTS, the_input
 from rules import f, identity
 
 import crossvjp
 from crossvjp.adapters.haiku import bind
+from crossvjp.testing import assert_close, assert_same_bits
 
 KEY = jax.random.key(0)
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from demand import OUTER, each_framework, each_keeper, each_outer, each_way, each_writing_keeper, gradients, scalar
 from flax import nnx
-from helpers import assert_close, numbers
 from hosts import the_input
 from rules import f, fwd, identity, unchanged
 
 import crossvjp
+from crossvjp.testing import assert_close, numbers
 
 W, TOTAL, X = jnp.array(2.0), jnp.array(5.0), jnp.array(3.0)
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from demand import each_framework, each_outer, gradients, scalar
-from helpers import assert_close, assert_same_bits
 from hosts import kernel_and_bias, the_input
 from rules import f, fwd, identity, unchanged
 
 import crossvjp
+from crossvjp.testing import assert_close, assert_same_bits
 
 
 @each_outer

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_close, assert_same_bits
 from hosts import the_input
 from rules import identity, sign_gradient
 
 import crossvjp
+from crossvjp.testing import assert_close, assert_same_bits
 
 KEY = jax.random.key(0)
 

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same_bits
 from rules import identity, plain
+
+from crossvjp.testing import assert_close, assert_same_bits
 
 # Rows with the rule inside `vmap` and the state unbatched. `jax.custom_vjp`, ours or written by hand, counts the
 # cotangent of an unbatched output once per lane; the last test pins that, and the README says it.

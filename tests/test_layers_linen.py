@@ -14,8 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import assert_same_bits
 from rules import identity, plain
+
+from crossvjp.testing import assert_same_bits
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (4, 6))

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from helpers import assert_close
 from rules import identity
+
+from crossvjp.testing import assert_close
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (4, 3))

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 from conftest import make_world
 from flax import nnx
-from helpers import assert_close, assert_same_bits
 from hosts import HOSTS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -28,6 +27,7 @@ from rules import WRAPS, f, identity, plain, sign_gradient, unchanged
 from worlds import FEATURES, World
 
 import crossvjp as cv
+from crossvjp.testing import assert_close, assert_same_bits
 
 DEVICES = 8
 UNITS = 16

@@ -21,12 +21,12 @@ import jmp
 import pytest
 from conftest import make_world
 from flax import nnx
-from helpers import assert_same_bits, one_by_one
 from rules import identity, plain, unchanged
 from worlds import WORLDS, block_inputs
 
 import crossvjp as cv
 from crossvjp import _registry
+from crossvjp.testing import assert_same_bits, one_by_one
 
 PATIENCE = 60  # seconds; a thread that does not come is a failure, not a hang
 
