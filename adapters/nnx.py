@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from crossvjp import HandleError
+from crossvjp.adapters._nnx_structure import check_structure
 from crossvjp.extend import Body, Predicate, check_selected, is_inexact, predicate, run_and_publish, unknown_choice
 
 # Graph mode throughout: it opens every module that tree mode opens, and shared variables besides.
@@ -70,7 +71,9 @@ class NnxBoundary:
         before = {path: _raw(leaf) for path, leaf in zip(self._paths, leaves, strict=True)}
         mdl = nnx.merge(self._graphdef, leaves, copy=True)
         out = fn(mdl, *args, **kwargs)
-        _, after = _flattened(mdl)
+        graphdef, after = _flattened(mdl)
+        if graphdef != self._graphdef:
+            check_structure(nnx.merge(self._graphdef, leaves, copy=True), mdl)
         updates: list[Any] = []
         for path, leaf in after:
             if path not in before or _raw(leaf) is not before[path]:

@@ -12,7 +12,9 @@ import numpy as np
 
 def is_array(leaf: Any) -> bool:
     """Says whether a leaf is traced by JAX. Python scalars are not: they pass through as they are."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic) or is_ref(leaf)
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind not in "OUSMm"  # objects, texts and times are nothing that JAX computes with
+    return isinstance(leaf, jax.Array) or is_ref(leaf)
 
 
 def is_ref(leaf: Any) -> bool:

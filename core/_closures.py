@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import jax
 from jax.core import Tracer
 
-from ._arrays import ArrayType, is_inexact
+from ._arrays import ArrayType, is_inexact, is_ref
 from ._errors import ArgumentError
 from ._paths import path_of, show
 from ._registry import is_reference
@@ -43,11 +43,14 @@ class Closures:
         """Names of the modules that `values` reach, and that refer to arrays which are not found here."""
         self._opened = set(map(id, opened))
         self._arrays: list[Any] = []
+        self._for_backward: set[int] | None = None
         self._names: list[str] = []
         self._seen: dict[int, Make | None] = {}
         self._functions = (*values, *backward)
         self._makers = [self._visit(function, _name_of(function)) for function in values]
         guarded, modules = len(self._arrays), len(self.modules)
+        self._seen.clear()
+        self._for_backward = set()
         self._makers += [self._visit(function, _name_of(function)) for function in backward]
         self._seen.clear()
         del self.modules[modules:]
@@ -59,6 +62,11 @@ class Closures:
         """Hands over the values, once: what late runs keep must hold no array."""
         arrays, self._arrays = self._arrays, []
         return arrays
+
+    def kept_for_backward(self, arrays: Sequence[Any]) -> list[Any]:
+        """Leaves mutable arrays out that only the forward pass reaches: JAX may refuse them as residuals."""
+        needed = self._for_backward or ()
+        return [None if is_ref(array) and index not in needed else array for index, array in enumerate(arrays)]
 
     def fill(self, arrays: Sequence[Any]) -> list[Any]:
         """Gives the functions, first those of `values`, around other values."""
@@ -84,6 +92,8 @@ class Closures:
             known = len(self._arrays)
             self._arrays.append(value)
             self._names.append(name)
+        if self._for_backward is not None:
+            self._for_backward.add(known)
         return lambda arrays: arrays[known]
 
     def _callable(self, value: Any, name: str) -> Make | None:

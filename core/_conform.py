@@ -122,8 +122,9 @@ class Expected:
         if came.dtype == jax.dtypes.float0:
             self._note(path, type_, came)
             return None
+        castable = jnp.issubdtype(came.dtype, jnp.number) or came.dtype == jnp.bool_
         loses = jnp.issubdtype(came.dtype, jnp.complexfloating) and not jnp.issubdtype(type_.dtype, jnp.complexfloating)
-        if came.shape != type_.shape or loses:
+        if came.shape != type_.shape or loses or came.is_ref or not castable:
             hint = "; take its real part" if loses and came.shape == type_.shape else ""
             raise CotangentError(
                 f"{author}'s cotangent of {self.name} must be {type_} at {show(path)}, but is {came}{hint}."

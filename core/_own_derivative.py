@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ._arrays import ArrayType, is_inexact, is_ref
+from ._arrays import ArrayType, is_inexact
 from ._errors import ArgumentError
 from ._session import Session, merge, pick, zero_of
 
@@ -49,7 +49,7 @@ def own_pullback(
         `None` for either that is zero.
     """
     variables, context, arrays = primals
-    _refuse_refs(context, arrays)
+    _refuse_ref(session.ref_type)
     inexact = [is_inexact(array) for array in arrays]
     kinds: list[list[bool]] = []
 
@@ -79,11 +79,10 @@ def own_pullback(
     return pullback
 
 
-def _refuse_refs(context: Sequence[Any], arrays: Sequence[Any]) -> None:
-    ref = next((array for array in (*context, *arrays) if is_ref(array)), None)
-    if ref is not None:
+def _refuse_ref(type_: ArrayType | None) -> None:
+    if type_ is not None:
         raise ArgumentError(
-            f"The call has a {ArrayType.of(ref)} among its arguments, and something is differentiated that the rule "
+            f"The call has a {type_} among its arguments, and something is differentiated that the rule "
             "does not speak of: variables outside `grad_vars`, keyword inputs, or state that the call wrote. For that "
             "the function has to run again, which would write the mutable array a second time. Let the rule answer "
             "for it (`grad_vars=True`, a `Cotangents` with keywords, `updates_bar`), or take the Ref out of the call."

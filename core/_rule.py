@@ -16,7 +16,7 @@ from ._behaviour import Perturbed
 from ._cotangents import Cotangents
 from ._errors import ArgumentError
 from ._inputs import has_parameter
-from ._session import Outcome, Pullback, Session
+from ._session import Outcome, Pullback, Session, without_refs
 from ._transform import Options, transformed_call
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Call:
     """The variables, in the framework's own containers."""
 
     inputs: tuple[Any, ...]
-    """The positional inputs."""
+    """The positional inputs, with `None` for a `jax.Ref`, which can't leave the forward pass."""
 
     keywords: dict[str, Any]
     """The inputs that were passed by keyword and have no position."""
@@ -212,7 +212,7 @@ class _ByRule:
     ) -> tuple[Outcome, Any]:
         outcome, pullback = session.linearize(variables, context, arrays, "inputs_first")
         facts = outcome.layout, perturbed
-        return outcome, _Residuals(pullback, list(own), list(variables), list(arrays), outcome.arrays, facts)
+        return outcome, _Residuals(pullback, list(own), list(variables), without_refs(arrays), outcome.arrays, facts)
 
     def backward(self, session: Session, residuals: Any, y_bar: Any, updates_bar: Any) -> tuple[Any, ...]:
         inputs, keywords = session.inputs.rebuild(residuals.arrays, ())

@@ -88,6 +88,8 @@ class Session:
         self.variables, self.variables_def = jax.tree.flatten(boundary.variables)
         self.context, self._context_layout = take_apart(boundary.context)
         self.variables_types = tuple(map(ArrayType.of, self.variables))
+        refs = filter(is_ref, (*self.context, *inputs.arrays))
+        self.ref_type = next((ArrayType.of(ref) for ref in refs), None)
         self.signature = Spec(
             self.variables_def, self.variables_types, tuple(inputs.differentiable), inputs.keywords, with_variables
         )
@@ -260,6 +262,11 @@ def merge(mask: Sequence[bool], chosen: Sequence[Any], others: Sequence[Any], *,
     first = iter(chosen)
     second = iter(others if compact else pick([not able for able in mask], others))
     return [next(first) if able else next(second) for able in mask]
+
+
+def without_refs(arrays: Sequence[Any]) -> list[Any]:
+    """Puts `None` for mutable arrays: JAX lets none out of a forward pass."""
+    return [None if is_ref(array) else array for array in arrays]
 
 
 def zero_of(like: Any) -> Any:

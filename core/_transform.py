@@ -26,7 +26,7 @@ from ._closures import Closures
 from ._errors import ArgumentError
 from ._inputs import Handle, Inputs
 from ._own_derivative import Bars, own_pullback, place
-from ._session import Outcome, Session, zero_of
+from ._session import Outcome, Session, without_refs, zero_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,8 @@ class _OneCall:
         unspoken = any(perturbed.context) or any(perturbed.arrays[index] for index in keywords)
         needed = unspoken or any(map(is_inexact, outcome.updates))
         facts = _Facts(outcome.layout, perturbed)
-        return results, _Kept(residuals, closed, (variables, context, arrays) if needed else (), facts)
+        primals = (variables, without_refs(context), without_refs(arrays)) if needed else ()
+        return results, _Kept(residuals, self._functions.closures.kept_for_backward(closed), primals, facts)
 
     def _backward(self, kept: _Kept, results_bar: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
         y_bars, updates_bars = results_bar

@@ -1,5 +1,6 @@
 """What an adapter for another framework is made of, beside `Adapter`, `Boundary` and `register_adapter`."""
 
+from ._arrays import Static as Static
 from ._arrays import is_inexact as is_inexact
 from ._boundary import Body as Body
 from ._boundary import run_and_publish as run_and_publish
