@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 
 # A strict editable install links the files that were there when it was made: a new module needs a new install.
 # So the stamp is named after pyproject.toml's content and the list of files.
@@ -13,7 +14,7 @@ ifeq ($(wildcard build/__editable__.*),)
 .PHONY: $(INSTALLED)
 endif
 
-.PHONY: help tour test lint types tests doctests bench clean
+.PHONY: help tour test lint types tests coming essentials doctests lowest bench clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -22,7 +23,7 @@ help: ## list the targets
 tour: $(INSTALLED) ## run the tour
 	$(BIN)/crossvjp tour
 
-test: lint types tests doctests ## everything that CI runs: lint, types, tests, notebooks, doctests
+test: lint types tests essentials doctests ## everything that CI runs: lint, types, tests, notebooks, doctests
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check
@@ -34,15 +35,29 @@ types: $(INSTALLED) ## check types
 tests: $(INSTALLED) ## run the tests; they execute the notebooks too
 	$(BIN)/pytest -n 2
 
+# JAX is rewriting its custom_vjp; the new one is behind a setting.
+coming: $(INSTALLED) ## run the tests with JAX's coming custom_vjp
+	JAX_CUSTOM_VJP3=1 $(BIN)/pytest -n 2
+
+essentials: $(INSTALLED) ## run those of them that the others rest on
+	JAX_CUSTOM_VJP3=1 $(BIN)/pytest -n 2 -q $(patsubst %,tests/test_%.py,contract rule core bad_input handles closures effects)
+
 doctests: $(INSTALLED) ## run the examples in the docstrings
 	$(BIN)/pytest --doctest-modules --pyargs crossvjp
+
+lowest: export PIP_CONSTRAINT := $(CURDIR)/tests/lowest.txt # for the environments that test_environments.py builds too
+lowest: ## run the tests with the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --upgrade 'pip>=25.1'
+	$(LOWEST)/bin/pip install --quiet -e '.[all]' --group dev # not strict: that would write into build/
+	$(LOWEST)/bin/pytest -n 2
 
 bench: $(INSTALLED) ## compare the costs with those of rules written by hand
 	$(BIN)/python -m benchmarks
 
 # build/ holds the links of the editable install in .venv, so the two go together.
 clean: ## remove the environment and everything generated
-	rm -rf $(VENV) build dist crossvjp.egg-info .pytest_cache .ruff_cache .hypothesis tour-out bench-out
+	rm -rf $(VENV) $(LOWEST) build dist crossvjp.egg-info .pytest_cache .ruff_cache .hypothesis tour-out bench-out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): | $(BIN)/pip
