@@ -213,11 +213,11 @@ class _Static:
 def _with_none(function: Any, *, scalars: bool = False) -> Callable[..., Any]:
     """Puts a first argument in front, where functions of modules have the module."""
 
-    @functools.wraps(function)
     def call(_: None, *args: Any, **kwargs: Any) -> Any:
         out = function(*args, **kwargs)
         return jax.tree.map(_as_array, out) if scalars else out
 
+    call.__name__ = _name_of(function)
     return call
 
 
