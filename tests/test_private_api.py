@@ -1,4 +1,4 @@
-"""Pins the private names of Flax and Haiku that two adapter files use, so that an upgrade says what broke."""
+"""Pins the private names of Flax and Haiku that the adapters use, so that an upgrade says what broke."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from flax.linen import module as linen_module
 from flax.linen import transforms
 from haiku._src import base, mixed_precision
@@ -113,3 +114,17 @@ def test_haiku_lifting_modules_say_which_prefix_they_read():
         assert LiftingModule(lambda: None, name="lifted").prefix_name == "lifted_1"
 
     hk.transform(look).init(jax.random.PRNGKey(0))
+
+
+def test_nnx_keeps_its_own_attributes_under_one_prefix_and_lists_in_attributes():
+    """`_nnx_structure.py` reads a module's attributes, and must tell NNX's own from the user's."""
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones(2))
+            self.layers = nnx.List([nnx.Linear(1, 1, rngs=nnx.Rngs(0))])
+            self._own = 3
+
+    net = Net()
+    assert {name for name in vars(net) if not name.startswith("_pytree__")} == {"scale", "layers", "_own"}
+    assert any(value is net.layers[0] for value in vars(net.layers).values())
