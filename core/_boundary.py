@@ -30,8 +30,9 @@ class Boundary(Protocol):
         """Runs `fn(mdl, *args, **kwargs)` on a module that holds the given arrays.
 
         It is pure: it may run late, repeatedly, and after the framework's own frame is gone, and
-        starts from the same names, counters and keys each time. When it returns, the module that
-        `fn` got is spent: using it later is an error.
+        starts from the same names, counters and keys each time. The module is of the handle's own
+        type, since functions under a rule may put rules on it again. When the call returns, it is
+        spent: using it later is an error.
 
         Returns:
             What `fn` returned, and the updates: a pytree of the values that the call wrote into
@@ -40,7 +41,10 @@ class Boundary(Protocol):
         ...
 
     def closed(self) -> contextlib.AbstractContextManager[None]:
-        """A context for the backward pass, in which using a handle of this boundary is a `HandleError`."""
+        """A context for the backward pass, in which using a handle of this boundary is a `HandleError` that says so.
+
+        Where spent handles refuse by themselves, as values need not and NNX Variables do, it does nothing.
+        """
         ...
 
 

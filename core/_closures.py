@@ -47,11 +47,11 @@ class Closures:
         self._names: list[str] = []
         self._seen: dict[int, Make | None] = {}
         self._functions = (*values, *backward)
-        self._makers = [self._visit(function, _name_of(function)) for function in values]
+        self._makers = [self._visit(function, name_of(function)) for function in values]
         guarded, modules = len(self._arrays), len(self.modules)
         self._seen.clear()
         self._for_backward = set()
-        self._makers += [self._visit(function, _name_of(function)) for function in backward]
+        self._makers += [self._visit(function, name_of(function)) for function in backward]
         self._seen.clear()
         del self.modules[modules:]
         for index in range(guarded):
@@ -112,8 +112,8 @@ class Closures:
         cells = function.__closure__ or ()
         freevars = function.__code__.co_freevars
         makers = [self._visit(_content(cell), name) for cell, name in zip(cells, freevars, strict=True)]
-        defaults = self._tree(function.__defaults__, f"{_name_of(function)}'s defaults")
-        keyword_defaults = self._tree(function.__kwdefaults__, f"{_name_of(function)}'s defaults")
+        defaults = self._tree(function.__defaults__, f"{name_of(function)}'s defaults")
+        keyword_defaults = self._tree(function.__kwdefaults__, f"{name_of(function)}'s defaults")
         if not any([*makers, defaults, keyword_defaults]):
             return None
 
@@ -167,7 +167,8 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def _name_of(function: Any) -> str:
+def name_of(function: Any) -> str:
+    """Gives the name that errors use for a function."""
     return getattr(function, "__name__", type(function).__name__)
 
 
@@ -183,8 +184,8 @@ def refuse_derivative(value: Any, what: str) -> Any:
     def refuse(primals: Any, tangents: Any) -> Any:
         raise ArgumentError(
             f"{what}, a {type_}, is differentiated, but the function under the rule reaches it by closure, where the "
-            "rule can give no cotangent for it. Pass it as an input of the function, fn(mdl, *inputs), or, if it needs "
-            "no gradient, use jax.lax.stop_gradient of it."
+            "rule can give no cotangent for it. Pass it as an input of the function, or, if it needs no gradient, use "
+            "jax.lax.stop_gradient of it."
         )
 
     return pass_on(value)

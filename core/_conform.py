@@ -108,6 +108,11 @@ class Expected:
     def _leaf(self, path: Path, type_: ArrayType, leaf: Any, author: str) -> Any:
         if not type_.is_inexact:
             return None
+        if isinstance(leaf, SymbolicZero) and tuple(leaf.shape) != type_.shape:
+            raise CotangentError(
+                f"{author}'s cotangent of {self.name} must be {type_} at {show(path)}, but is a SymbolicZero of "
+                f"{ArrayType(tuple(leaf.shape), leaf.dtype)}. None stands for zero too."
+            )
         if leaf is None or isinstance(leaf, SymbolicZero):
             self._note(path, type_, None)
             return None
@@ -227,7 +232,7 @@ class Signature:
         )
 
     def _documented(self, order: Order) -> str:
-        bars = [f"input{index}_bar" for index in range(len(self.inputs))]
+        bars = [f"{expected.name.replace(' ', '')}_bar" for expected in self.inputs]
         if self.variables is None:
             ordered = bars
         else:

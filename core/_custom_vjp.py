@@ -41,8 +41,8 @@ def custom_vjp(
 ) -> Callable[..., Any]: ...
 def custom_vjp(
     fn: Callable[..., Any],
-    forward_fn: Callable[..., tuple[Any, Any]] | None = None,
-    backward_fn: Callable[..., Any] | None = None,
+    forward_fn: Any = None,
+    backward_fn: Any = None,
     grad_vars: Any = "params",
     nondiff_argnums: Sequence[int] | int = (),
     *,
@@ -106,15 +106,15 @@ def custom_vjp(
     Reference:
         Flax documentation, `flax.linen.custom_vjp`; see the README for the order of cotangents.
     """
-    if forward_fn is None and backward_fn is None:
-        return CustomVJP(fn, nondiff_argnums, nondiff_argnames)
+    if not callable(forward_fn) and not callable(backward_fn):  # by position, jax.custom_vjp's arguments stand there
+        numbers: Any = nondiff_argnums if forward_fn is None else forward_fn
+        names: Any = nondiff_argnames if backward_fn is None else backward_fn
+        return CustomVJP(fn, numbers, names)
     check_order(order)
     for name, function in (("fn", fn), ("forward_fn", forward_fn), ("backward_fn", backward_fn)):
         if not callable(function):
             raise ArgumentError(f"`{name}` must be a function, but is {function!r}.")
 
-    assert forward_fn is not None  # checked above
-    assert backward_fn is not None
     behaviour = _ByFunctions(fn, forward_fn, backward_fn, order)
     options = Options(grad_vars, positions_of(fn, nondiff_argnums, nondiff_argnames), optimize_remat)
 

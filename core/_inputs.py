@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
-from ._arrays import ArrayType, Layout, Static, is_array
+from ._arrays import ArrayType, Layout, Static, is_array, is_ref
 from ._boundary import Adapter
 from ._conform import Expected
 from ._errors import ArgumentError
@@ -108,8 +109,13 @@ class Inputs:
         self.nondiff = check_nondiff(nondiff_argnums, len(args), fn)
         self.arrays: list[Any] = []
         placeholders = {id(module): _Held(index) for index, module in enumerate(held)}
-        self._by_position = [self._add(f"input {index}", arg, placeholders) for index, arg in enumerate(args)]
-        self._by_keyword = {name: self._add(f"input {name!r}", arg, placeholders) for name, arg in kwargs.items()}
+        self._by_position = [
+            self._add(f"input {index}", arg, placeholders, _is_traced if index + 1 in self.nondiff else is_array)
+            for index, arg in enumerate(args)
+        ]
+        self._by_keyword = {
+            name: self._add(f"input {name!r}", arg, placeholders, is_array) for name, arg in kwargs.items()
+        }
 
     def rebuild(self, arrays: Sequence[Any], held: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Gives the arguments back, around other arrays and other modules."""
@@ -131,13 +137,18 @@ class Inputs:
         """The inputs that have no position."""
         return self._by_keyword
 
-    def _add(self, name: str, arg: Any, placeholders: dict[int, _Held]) -> Input:
+    def _add(self, name: str, arg: Any, placeholders: dict[int, _Held], is_array: Callable[[Any], bool]) -> Input:
         leaves, treedef = jax.tree.flatten(arg, is_leaf=lambda leaf: id(leaf) in placeholders)
         start = len(self.arrays)
         self.arrays += [leaf for leaf in leaves if is_array(leaf)]
         statics = tuple(None if is_array(leaf) else Static(placeholders.get(id(leaf), leaf)) for leaf in leaves)
         indices = range(start, len(self.arrays))
         return Input(name, Layout(treedef, statics), tuple(ArrayType.of(self.arrays[i]) for i in indices), indices)
+
+
+def _is_traced(leaf: Any) -> bool:
+    """Says whether an argument without gradient has to be passed: one that is known stays what it is, under jit too."""
+    return isinstance(leaf, Tracer) or is_ref(leaf)
 
 
 def _fill(part: Input, arrays: Sequence[Any], held: Sequence[Any]) -> Any:

@@ -14,8 +14,10 @@ from jax.custom_derivatives import CustomVJPPrimal
 
 from ._arrays import Layout, is_array, take_apart
 from ._behaviour import Perturbed
+from ._closures import name_of
 from ._errors import ArgumentError, HandleError
 from ._inputs import Inputs, positions_of
+from ._paths import leaves_with_paths, show
 from ._registry import is_reference
 from ._session import Outcome, Session
 from ._transform import call_inside
@@ -101,7 +103,7 @@ class CustomVJP:
         """
         if self.fwd is None or self.bwd is None:
             raise AttributeError(
-                f"{_name_of(self.fun)} has no backward pass yet. Set it by {_name_of(self.fun)}.defvjp(fwd, bwd)."
+                f"{name_of(self.fun)} has no backward pass yet. Set it by {name_of(self.fun)}.defvjp(fwd, bwd)."
             )
         args, kwargs = _resolved(self.fun, args, kwargs)
         _refuse_modules(self.fun, (args, kwargs))
@@ -113,6 +115,12 @@ class CustomVJP:
         out, _ = call_inside(session, _ByPair(self), (), self.optimize_remat)
         inputs.arrays = []
         return out
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds the ways to define other rules on the function, such as `def_vmap`, as `jax.custom_vjp` does."""
+        if name.startswith("def"):
+            return getattr(self.fun, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         """Binds as a method, so that the decorator serves in classes; the instance is the first argument."""
@@ -150,8 +158,8 @@ class _ByPair:
         self.forward_functions: Sequence[Any] = [function.fwd]
         self.backward_functions: Sequence[Any] = [function.bwd]
         self.symbolic_zeros = function.symbolic_zeros
-        self.author = repr(_name_of(function.bwd))
-        self._fun_name, self._fwd_name = _name_of(function.fun), _name_of(function.fwd)
+        self.author = repr(name_of(function.bwd))
+        self._fun_name, self._fwd_name = name_of(function.fun), name_of(function.fwd)
 
     def forward(
         self,
@@ -172,6 +180,7 @@ class _ByPair:
 
         def unpack(result: Any) -> tuple[list[Any], Layout, Any]:
             y, residuals = self._pair(result)
+            self._refuse_records((y, residuals))
             return *take_apart(jax.tree.map(_as_array, y)), take_apart(residuals)
 
         outcome = session.run(_with_none(session.functions[0]), variables, context, given, unpack)
@@ -187,6 +196,14 @@ class _ByPair:
             f"The forward function {self._fwd_name} of {self._fun_name} must return a pair, the output of "
             f"{self._fun_name} and the residuals for the backward function, but returned {came[:200]}."
         )
+
+    def _refuse_records(self, pair: Any) -> None:
+        for path, leaf in leaves_with_paths(pair):
+            if isinstance(leaf, CustomVJPPrimal):
+                raise ArgumentError(
+                    f"The forward function {self._fwd_name} of {self._fun_name} returned a CustomVJPPrimal at "
+                    f"{show(path)}. Return its .value."
+                )
 
     def backward(self, session: Session, residuals: Any, y_bar: Any, updates_bar: Any) -> tuple[Any, ...]:
         kept, nondiff_arrays, static = residuals
@@ -217,7 +234,7 @@ def _with_none(function: Any, *, scalars: bool = False) -> Callable[..., Any]:
         out = function(*args, **kwargs)
         return jax.tree.map(_as_array, out) if scalars else out
 
-    call.__name__ = _name_of(function)
+    call.__name__ = name_of(function)
     return call
 
 
@@ -237,7 +254,7 @@ def _resolved(fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise ArgumentError(f"The arguments do not fit {_name_of(fun)}{signature}: {error}.") from error
+        raise ArgumentError(f"The arguments do not fit {name_of(fun)}{signature}: {error}.") from error
     given = set(bound.kwargs)
     bound.apply_defaults()
     # Keyword-only arguments that were not given keep their default inside the function.
@@ -248,7 +265,7 @@ def _check_positions(fun: Any, numbers: Sequence[int], count: int) -> frozenset[
     for number in numbers:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < count:
             raise ArgumentError(
-                f"`nondiff_argnums` has {number!r}, but this call of {_name_of(fun)} has {count} positional arguments."
+                f"`nondiff_argnums` has {number!r}, but this call of {name_of(fun)} has {count} positional arguments."
             )
     return frozenset(numbers)
 
@@ -257,10 +274,6 @@ def _refuse_modules(fun: Any, arguments: Any) -> None:
     for leaf in jax.tree.leaves(arguments, is_leaf=is_reference):
         if is_reference(leaf):
             raise HandleError(
-                f"{_name_of(fun)} got a {type(leaf).__name__} as an argument, whose variables live elsewhere. Give the "
+                f"{name_of(fun)} got a {type(leaf).__name__} as an argument, whose variables live elsewhere. Give the "
                 "three functions of a module, custom_vjp(fn, forward_fn, backward_fn)(mdl, *args): then they are found."
             )
-
-
-def _name_of(function: Any) -> str:
-    return getattr(function, "__name__", repr(function))

@@ -22,7 +22,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from ._arrays import Layout, is_array, is_inexact
 from ._behaviour import Behaviour, Perturbed
 from ._closed_modules import guards_of_modules
-from ._closures import Closures
+from ._closures import Closures, name_of
 from ._errors import ArgumentError
 from ._inputs import Handle, Inputs
 from ._own_derivative import Bars, own_pullback, place
@@ -158,7 +158,8 @@ class _OneCall:
     def _record(self, outcome: Outcome) -> tuple[list[Any], list[Any]]:
         """Keeps the static half of a run's results, and checks that all runs agree."""
         if self._seen is not None:
-            _check_same(self._seen, outcome)
+            forward = [name_of(function) for function in self._behaviour.forward_functions]
+            _check_same(self._seen, outcome, name_of(self._session.fn), *forward)
         self.layout, self.updates_layout = outcome.layout, outcome.updates_layout
         self._seen = outcome.without_arrays()
         return outcome.arrays, outcome.updates
@@ -239,18 +240,23 @@ class _OneCall:
             place(bars.arrays, answered, [through_updates.arrays[index] for index in answered])
 
 
-def _check_same(before: Outcome, outcome: Outcome) -> None:
+def _check_same(before: Outcome, outcome: Outcome, fn: str, forward: str = "the rule") -> None:
     if before.layout != outcome.layout or before.output_types != outcome.output_types:
         first, second = (seen.layout.fill(map(str, seen.output_types)) for seen in (before, outcome))
         raise ArgumentError(
-            "`forward_fn` must return a pair whose first element is the output of `fn`. "
-            f"`fn` returned {first}, but the forward pass {second}."
+            f"The forward function {forward} must return a pair whose first element is the output of {fn}. "
+            f"{fn} returned {first}, but {forward} {second}."
         )
     if before.updates_layout != outcome.updates_layout:
         raise ArgumentError(
-            "`forward_fn` must write the same state as `fn`. "
-            f"`fn` wrote {before.updates_layout.treedef}, but the forward pass {outcome.updates_layout.treedef}."
+            f"The forward function {forward} must write the same state as {fn}. "
+            f"{fn} wrote {_shown(before.updates_layout)}, but {forward} {_shown(outcome.updates_layout)}."
         )
+
+
+def _shown(layout: Layout) -> Any:
+    """Fills a layout with words: a difference may be in what is no array."""
+    return layout.fill(["an array"] * layout.statics.count(None))
 
 
 def _values(group: Any) -> list[Any]:

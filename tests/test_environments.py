@@ -127,6 +127,15 @@ def script(*makers: Callable[[], tuple[Any, Any]]) -> str:
     return "\n".join(["from collections.abc import Callable", "from typing import Any", *sources, *calls, ""])
 
 
+CONTRACT_OF_ALL_SUBJECTS = """
+from crossvjp.testing import ADAPTER_CHECKS, built_in_subjects
+(check,) = [check for check in ADAPTER_CHECKS if check.name == "the documented contract"]
+for subject in built_in_subjects():
+    if subject.name.endswith("mlp"):
+        print(subject.name, check(subject).outcome)
+"""
+
+
 def run(*command: str | Path) -> str:
     """Runs a command to its end, and gives what it printed."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -207,4 +216,6 @@ def test_works_where_no_other_framework_is_installed(
     search = f"import importlib.util as u; print(*[name for name in {sorted(FRAMEWORKS)!r} if u.find_spec(name)])"
     assert interpreted(python, search) == [framework]
     assert interpreted(python, script(*makers)) == [f"OK {make.__name__}" for make in makers]
+    checked = interpreted(python, CONTRACT_OF_ALL_SUBJECTS)
+    assert checked == [f"{make.__name__} mlp passed" for make in makers]
     shutil.rmtree(tmp_path / "env")  # half a gigabyte that pytest would keep for three sessions

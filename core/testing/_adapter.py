@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from .._cotangents import Cotangents
 from .._custom_vjp import custom_vjp
@@ -19,7 +20,7 @@ from .._vjp import variables as snapshot
 from .._vjp import vjp
 from ._compare import assert_close, assert_same_bits
 from ._report import Check, NotApplicableError, Report, raise_failures, run_all
-from ._subject import Subject
+from ._subject import Subject, check_subjects
 from ._transforms import TRANSFORMS, inexact_and_others
 from ._transparency import TRANSPARENCY_CHECKS
 from ._wraps import WRAPS, arguments, by_custom_vjp, call, gradient, identity, loss_of
@@ -46,7 +47,7 @@ def check_adapter(*subjects: Subject) -> list[Report]:
     Example:
         >>> reports = check_adapter(*built_in_subjects("plain"))  # doctest: +SKIP
     """
-    reports = [run_all(ADAPTER_CHECKS, subject.name, subject) for subject in subjects]
+    reports = [run_all(ADAPTER_CHECKS, subject.name, subject) for subject in check_subjects(subjects)]
     raise_failures(reports)
     return reports
 
@@ -103,7 +104,9 @@ def _run_arguments(subject: Subject, use: Use) -> tuple[Any, ...]:
     return (subject.variables, subject.rest, use, *subject.inputs)
 
 
-def _same_for(make: Callable[[Callable[[Use], Use]], Use]) -> Callable[[Subject], None]:
+def _same_for(
+    make: Callable[[Callable[[Use], Use]], Use], compare_bars: Callable[[Any, Any], None] = assert_same_bits
+) -> Callable[[Subject], None]:
     """Compares a use with its wrapped form, both ways to wrap; what the module can't do itself is not asked."""
 
     def check(subject: Subject) -> None:
@@ -114,7 +117,9 @@ def _same_for(make: Callable[[Callable[[Use], Use]], Use]) -> Callable[[Subject]
         except Exception as error:
             raise NotApplicableError(f"the module itself raises {type(error).__name__}: {error}"[:200]) from error
         for wrap in WRAPS.values():
-            assert_same_bits(gradient(subject, make(wrap)), expected)
+            found = gradient(subject, make(wrap))
+            assert_same_bits(found[0], expected[0])
+            compare_bars(found[1:], expected[1:])
 
     return check
 
@@ -132,8 +137,14 @@ def _nested(wrap: Callable[[Use], Use]) -> Use:
     return wrap(lambda mdl, *args, **kwargs: wrap(call)(mdl, *args, **kwargs))
 
 
+def _held_twice(wrap: Callable[[Use], Use]) -> Use:
+    """One module that stands in a handle twice is one module: its state goes on, its cotangents are summed."""
+    wrapped = wrap(lambda held, *args, **kwargs: [mdl(*args, **kwargs) for mdl in held])
+    return lambda mdl, *args, **kwargs: wrapped((mdl, mdl), *args, **kwargs)
+
+
 def _composite(mix: Callable[[Any], Any], pick: Callable[[Any], Any]) -> Callable[[Callable[[Use], Use]], Use]:
-    """A handle that holds the module; one module that stands in it twice has one summed cotangent."""
+    """A handle that holds the module."""
 
     def make(wrap: Callable[[Use], Use]) -> Use:
         wrapped = wrap(lambda held, *args, **kwargs: pick(held)(*args, **kwargs))
@@ -197,6 +208,7 @@ def _chosen_variables(subject: Subject) -> None:
     seen: list[Any] = []
     noting = by_custom_vjp(call, grad_vars=lambda path, leaf: not seen.append(path))
     subject.run(*_run_arguments(subject, noting))
+    assert seen, "a predicate given as `grad_vars` was never asked"
     assert any(_stops_one_variable(subject, path, own[1]) for path in seen), "no predicate chose a single variable"
     _must_raise(
         lambda: subject.run(*_run_arguments(subject, by_custom_vjp(call, grad_vars="*/no such variable"))),
@@ -346,6 +358,35 @@ def _no_leaks(subject: Subject) -> None:
                     transform.apply(loss_of(subject, wrap(call)))(*arguments(subject))
 
 
+def _sharded(check_vma: bool) -> Callable[[Subject], None]:
+    """Inputs cut along their first axis; one device is enough for the types of varying values to be checked."""
+
+    def check(subject: Subject) -> None:
+        mesh = Mesh(jax.devices()[:1], ("shards",))
+        chosen, fill = inexact_and_others((subject.variables, subject.inputs))
+        count = len(inexact_and_others(subject.variables)[0])
+        whole = PartitionSpec()
+        specs = [
+            PartitionSpec("shards") if index >= count and leaf.ndim else whole for index, leaf in enumerate(chosen)
+        ]
+
+        def bars(use: Use) -> Any:
+            def loss(chosen: list[Any], rest: Any) -> Any:
+                return jax.lax.psum(loss_of(subject, use)(*fill(chosen), rest)[0], "shards")
+
+            sharded = jax.shard_map(loss, mesh=mesh, in_specs=(specs, whole), out_specs=whole, check_vma=check_vma)
+            return jax.jit(jax.grad(sharded))(chosen, subject.rest)
+
+        try:
+            expected = bars(call)
+        except Exception as error:
+            raise NotApplicableError(f"the module itself raises {type(error).__name__}: {error}"[:200]) from error
+        for wrap in WRAPS.values():
+            assert_close(bars(wrap(call)), expected)  # compiled as wholes
+
+    return check
+
+
 def _threads(subject: Subject) -> None:
     """Two threads that trace at once, each inside its call, do not disturb each other."""
     barrier = threading.Barrier(2, timeout=60)
@@ -372,7 +413,7 @@ def _threads(subject: Subject) -> None:
         thread.join()
     for result in results:
         if isinstance(result, BaseException):
-            raise AssertionError("a thread failed") from result
+            raise AssertionError(f"a thread failed: {type(result).__name__}: {result}") from result
         assert_same_bits(result, expected)
 
 
@@ -382,10 +423,12 @@ ADAPTER_CHECKS: Sequence[Check] = (
     Check("the documented contract", _contract),
     Check("fn alone runs without a gradient", _fn_alone),
     Check("a module called twice", _same_for(_called_twice)),
-    Check("two calls, one after the other", _same_for(_wrapped_twice)),
+    # Through a state that the second call reads, derivatives are added in another order.
+    Check("two calls, one after the other", _same_for(_wrapped_twice, assert_close)),
     Check("a rule inside a rule", _same_for(_nested)),
     Check("a tuple of handles", _same_for(_composite(lambda mdl: (mdl,), lambda held: held[0]))),
     Check("a dict of handles", _same_for(_composite(lambda mdl: {"a": [mdl]}, lambda held: held["a"][0]))),
+    Check("a module twice in a handle", _same_for(_held_twice)),
     Check("a bound method", _same_for(_bound_method)),
     Check("arguments of all kinds", _arguments_of_all_kinds),
     Check("the choice of variables", _chosen_variables),
@@ -395,5 +438,7 @@ ADAPTER_CHECKS: Sequence[Check] = (
     Check("everything is differentiable", _everything_differentiable),
     Check("second order", _second_order),
     Check("no tracer leaks", _no_leaks),
+    Check("shard_map with check_vma", _sharded(True)),
+    Check("shard_map without check_vma", _sharded(False)),
     Check("threads", _threads),
 )

@@ -79,7 +79,7 @@ class CheckError(AssertionError):
     def __init__(self, reports: Sequence[Report]):
         failed = [(report, result) for report in reports for result in report["failed"]]
         lines = [f"{report.subject}: {result}" for report, result in failed]
-        super().__init__(f"{len(failed)} checks failed.\n" + "\n".join(lines))
+        super().__init__(f"{len(failed)} check{'s' if len(failed) > 1 else ''} failed.\n" + "\n".join(lines))
         self.reports = tuple(reports)
 
 

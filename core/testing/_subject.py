@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxtyping import PyTree
@@ -54,6 +54,20 @@ class Subject:
 
     def __repr__(self) -> str:
         return self.name
+
+
+def check_subjects(subjects: Any) -> list[Subject]:
+    """Refuses what could not fail, no subject at all, and what is none.
+
+    Raises:
+        ArgumentError: `subjects` is no sequence of subjects, or is empty.
+    """
+    given = list(subjects) if isinstance(subjects, Iterable) else [subjects]
+    wrong = [each for each in given if not isinstance(each, Subject)]
+    if wrong or not given or given == [subjects]:
+        came = f"a {type(wrong[0]).__name__} among them" if wrong else "none" if not given else "a bare Subject"
+        raise ArgumentError(f"Expected one Subject or more, in a sequence, but there is {came}.")
+    return given
 
 
 def built_in_subjects(*frameworks: str) -> list[Subject]:
