@@ -108,12 +108,13 @@ class Expected:
     def _leaf(self, path: Path, type_: ArrayType, leaf: Any, author: str) -> Any:
         if not type_.is_inexact:
             return None
-        if isinstance(leaf, SymbolicZero) and tuple(leaf.shape) != type_.shape:
+        zero: Any = leaf if isinstance(leaf, SymbolicZero) else None
+        if zero is not None and tuple(zero.shape) != type_.shape:
             raise CotangentError(
                 f"{author}'s cotangent of {self.name} must be {type_} at {show(path)}, but is a SymbolicZero of "
-                f"{ArrayType(tuple(leaf.shape), leaf.dtype)}. None stands for zero too."
+                f"{ArrayType(tuple(zero.shape), zero.dtype)}. None stands for zero too."
             )
-        if leaf is None or isinstance(leaf, SymbolicZero):
+        if leaf is None or zero is not None:
             self._note(path, type_, None)
             return None
         if isinstance(leaf, numbers.Number):

@@ -347,6 +347,7 @@ class StopsTheStatesGradient(LayerBoundary):
 
 WRAPS = ("rule", "custom_vjp")
 TRANSPARENT = tuple(check.name for check in ADAPTER_CHECKS if " is transparent under " in check.name)
+SHARDED = ("shard_map with check_vma", "shard_map without check_vma")
 COMPILED = tuple(check.name for check in ADAPTER_CHECKS if " agrees, compiled, under " in check.name)
 GRADIENTS = ("a rule acts on variables and inputs", "the documented contract", "second order")
 COMPOSITES = ("a tuple of handles", "a dict of handles")
@@ -384,7 +385,7 @@ MISTAKES = (
     Mistake(PublishesDuringTheRun, ("no tracer leaks",), "Leaked tracer"),
     Mistake(KeepsTheCopies, ("no tracer leaks",), "Leaked tracer"),
     Mistake(KeepsTheLiveLayer, ("no tracer leaks",), "Leaked tracer"),
-    Mistake(ForgetsTheStructure, (*COMPILED, "arguments of all kinds"), "'int' object has no attribute 'get'"),
+    Mistake(ForgetsTheStructure, (*COMPILED, *SHARDED, "arguments of all kinds"), "'int' object has no attribute 'get'"),
     Mistake(DoesNotSpend, ("handles are spent in the backward pass",), "no HandleError where 'backward pass'"),
     Mistake(IgnoresGradVars, ("the choice of variables",), "was never asked"),
     Mistake(SingleHandles, COMPOSITES, "one layer, please"),

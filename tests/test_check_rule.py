@@ -426,7 +426,7 @@ def by_shapes(call, y_bar):
 @pytest.mark.parametrize(("the_rule", "others"), [(by_names, "haiku"), (by_shapes, "equinox")], ids=["names", "shapes"])
 def test_a_rule_that_depends_on_the_framework_is_caught(the_rule, others):
     subjects = [subject for subject in built_in_subjects("plain", others) if subject.common is not None]
-    with pytest.raises(CheckError, match=f"^1 checks failed.\nall frameworks: {EVERYWHERE}.*{others} mlp has another"):
+    with pytest.raises(CheckError, match=f"^1 check failed.\nall frameworks: {EVERYWHERE}.*{others} mlp has another"):
         check_rule(the_rule, subjects)
 
 
