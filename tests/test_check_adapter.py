@@ -385,7 +385,7 @@ MISTAKES = (
     Mistake(PublishesDuringTheRun, ("no tracer leaks",), "Leaked tracer"),
     Mistake(KeepsTheCopies, ("no tracer leaks",), "Leaked tracer"),
     Mistake(KeepsTheLiveLayer, ("no tracer leaks",), "Leaked tracer"),
-    Mistake(ForgetsTheStructure, (*COMPILED, *SHARDED, "arguments of all kinds"), "'int' object has no attribute 'get'"),
+    Mistake(ForgetsTheStructure, (*COMPILED, *SHARDED, "arguments of all kinds"), "'int' object has no attribute"),
     Mistake(DoesNotSpend, ("handles are spent in the backward pass",), "no HandleError where 'backward pass'"),
     Mistake(IgnoresGradVars, ("the choice of variables",), "was never asked"),
     Mistake(SingleHandles, COMPOSITES, "one layer, please"),

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from crossvjp.testing import Subject, built_in_subjects
-from crossvjp.testing.numbers import FEATURES as FEATURES
-from crossvjp.testing.numbers import batch
+from crossvjp.testing.common import FEATURES as FEATURES
+from crossvjp.testing.common import batch
 
 Wrap = Callable[[Any], Any]
 block_inputs = batch

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from crossvjp.testing import Subject
-from crossvjp.testing.numbers import CLASSES, HIDDEN, MOMENTUM, RATE, batch, mlp_numbers
+from crossvjp.testing.common import CLASSES, HIDDEN, MOMENTUM, RATE, batch, mlp_numbers
 
 
 def subjects() -> list[Subject]:

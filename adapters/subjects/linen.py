@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from crossvjp.testing import Subject
-from crossvjp.testing.numbers import CLASSES, HIDDEN, MOMENTUM, RATE, batch, mlp_numbers
+from crossvjp.testing.common import CLASSES, HIDDEN, MOMENTUM, RATE, batch, mlp_numbers
 
 
 def subjects() -> list[Subject]:

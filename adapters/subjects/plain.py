@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from crossvjp.testing import Subject
-from crossvjp.testing.numbers import HIDDEN, MOMENTUM, RATE, batch, mlp, mlp_numbers
+from crossvjp.testing.common import HIDDEN, MOMENTUM, RATE, batch, mlp, mlp_numbers
 
 
 def subjects() -> list[Subject]:
