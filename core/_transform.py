@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from ._arrays import Layout, is_array, is_inexact
+from ._arrays import Layout, is_array, is_inexact, is_ref
 from ._behaviour import Behaviour, Perturbed
 from ._closed_modules import guards_of_modules
 from ._closures import Closures, name_of
@@ -77,7 +77,7 @@ def call_inside(
     closed += guards_of_modules(session, functions.closures, functions.around, closed)
     out, updates = call(list(behaviour.arrays), closed, session.variables, session.context, session.inputs.arrays)
     session.release()
-    return call.layout.fill(out), call.updates_layout.fill(updates)
+    return call.layout.fill(map(_as_jax, out)), call.updates_layout.fill(map(_as_jax, updates))
 
 
 class _Functions:
@@ -137,9 +137,9 @@ class _OneCall:
 
     def __call__(self, *groups: list[Any]) -> tuple[list[Any], list[Any]]:
         call = jax.custom_vjp(self._primal)
-        # Symbolic zeros say what is differentiated at all, which decides what has to be kept. The
-        # coming implementation of custom_vjp does not have them yet, nor has `optimize_remat`; then all
-        # counts as differentiated.
+        # Symbolic zeros say what is differentiated at all, which decides what has to be kept. In the
+        # coming implementation of custom_vjp they fail under remat, and with `optimize_remat` JAX has
+        # none; then all counts as differentiated.
         lacking = self._optimize_remat or getattr(jax.config, "jax_custom_vjp3", False)
         call.defvjp(self._forward, self._backward, symbolic_zeros=not lacking, optimize_remat=self._optimize_remat)
         self._ends = list(itertools.accumulate(map(len, groups)))
@@ -261,6 +261,11 @@ def _shown(layout: Layout) -> Any:
 
 def _values(group: Any) -> list[Any]:
     return [_value(leaf.value if isinstance(leaf, CustomVJPPrimal) else leaf) for leaf in group]
+
+
+def _as_jax(leaf: Any) -> Any:
+    # The coming implementation gives constants of an eager call back as Python's or NumPy's.
+    return leaf if isinstance(leaf, jax.Array) or is_ref(leaf) else jnp.asarray(leaf)
 
 
 def _value(leaf: Any) -> Any:

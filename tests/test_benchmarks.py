@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import is_coming
 
 pytest.importorskip("rich")
 FRAMEWORKS = ["plain JAX", "Linen", "NNX", "Haiku", "Equinox"]
 WRITES_STATE = ["Linen", "NNX", "Haiku"]  # in the others the state is an output like any other
-# In JAX's coming custom_vjp no zero is symbolic, so the derivative of the written state is always computed.
-COMING = jax.config.values["jax_custom_vjp3"]
+# With JAX's coming custom_vjp ours uses no symbolic zeros, so the derivative of the written state is always computed.
+COMING = is_coming()
 each_framework = pytest.mark.parametrize("framework", FRAMEWORKS)
 
 

@@ -11,7 +11,7 @@ framework that it concerns. What a backward-rule library can't answer, or not ye
 | 2 | the same eager and staged, with keys and state inside, in Haiku | dm-haiku#176 | |
 | | | | test_row_2_haiku_keys_state_and_modules_in_the_body_are_the_same_eager_and_staged |
 | | | | test_row_2_haiku_keys_and_state_in_the_body_under_scan |
-| | | | test_values_masks_state_and_rng_streams_are_the_unwrapped_modules_bit_for_bit |
+| | | | test_a_wrapped_block_is_the_unwrapped_one |
 | | | | test_haiku_custom_getters_interceptors_and_policies_reach_late_runs |
 | 3 | lifted parameters inside a scan, names kept, in Haiku | dm-haiku#352 | |
 | | | | test_row_3_parameters_lifted_outside_of_a_scan_are_used_inside_it_under_their_names |
@@ -52,7 +52,7 @@ framework that it concerns. What a backward-rule library can't answer, or not ye
 | | | | test_row_9_a_statistic_recorded_in_the_forward_function_is_there_once_after_the_call |
 | | | | test_row_9_a_statistic_that_fn_does_not_record_is_an_error_under_jit |
 | | | | test_nnx_updates_reach_the_live_module_in_both_modes |
-| | | | test_values_masks_state_and_rng_streams_are_the_unwrapped_modules_bit_for_bit |
+| | | | test_a_wrapped_block_is_the_unwrapped_one |
 | 10 | weights or state updated by the backward pass | flax#4301, jax#39438 | |
 | | | | test_row_10_the_gradient_of_a_state_may_be_its_new_value |
 | | | | test_row_10_a_mutable_array_is_written_to_in_the_backward_pass |
@@ -119,8 +119,8 @@ framework that it concerns. What a backward-rule library can't answer, or not ye
 | | | | out of reach: by type or path in one call; a public `attach` is a later part |
 | 25 | one rule in two module systems | maxtext#2242, #3849 | |
 | | | | test_the_documented_example_signs_the_parameters_gradient_and_leaves_the_inputs_alone |
-| | | | test_the_rule_signs_the_parameters_and_leaves_the_inputs |
-| | | | test_as_jax_runs_it_the_results_are_the_unwrapped_modules |
+| | | | test_the_contract_holds |
+| | | | test_a_wrapped_block_is_the_unwrapped_one |
 | 26 | what belongs to the whole batch, in the backward pass under vmap | jax#22993, #2930 | |
 | | | | test_row_26_a_batch_inside_the_rule_is_one_call_of_the_backward_pass |
 | | | | test_row_26_outside_of_the_rule_each_example_has_a_call_of_its_own |

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from demand import each_framework, each_outer, each_way, scalar
+from demand import OUTER, each_framework, each_outer, each_way, scalar
 from flax import nnx
+from helpers import is_coming
 from hosts import the_input
 from rules import identity, unchanged
 
@@ -142,7 +143,12 @@ def test_row_15_a_differentiated_module_that_the_function_closes_over_is_named(r
     def use(mdl, other, x):
         return identity.lift(lambda mdl, x: mdl(other(x)))(mdl, x).sum()
 
-    with pytest.raises(crossvjp.CrossVJPError, match=r"`other.*[Pp]ass it as an input"):
+    named: Any = (crossvjp.CrossVJPError, r"`other.*[Pp]ass it as an input")
+    if is_coming() and outer is OUTER["grad_jit"] and run is not plain_pair:
+        # There JAX refuses every traced value in a closure, before it could be differentiated.
+        named = (jax.errors.UnexpectedTracerError, r"closed over a DynamicJaxprTracer.* as an explicit input")
+    error, words = named
+    with pytest.raises(error, match=words):
         outer(jax.grad, lambda params: run(use, params, the_input()))({"first": PAIR, "second": PAIR})
 
 
@@ -230,8 +236,9 @@ def test_row_17_a_rule_knows_what_needs_a_gradient(host, argument, expected, how
     args = host.params, the_input(), jnp.array(0.5)
     grad = lambda loss: jax.grad(loss, argnums=argument)
     assert_close(outer(grad, loss(uses[how]))(*args), grad(loss(shifted))(*args))
+    told = dict.fromkeys(expected, True) if is_coming() else expected  # there, everything counts as differentiated
     assert seen
-    assert all(each == expected for each in seen)
+    assert all(each == told for each in seen)
 
 
 @each_framework
@@ -246,7 +253,7 @@ def test_row_17_what_has_no_gradient_is_not_perturbed(host):
     use = look.lift(lambda mdl, x, index, key: mdl(x)[index])
     loss = lambda params: host.run(params, use, the_input(), jnp.array(1), jax.random.key(0))
     jax.grad(loss)(host.params)
-    assert not any(seen[0])
+    assert seen[0] == [is_coming(), False, False]  # in the coming custom_vjp, every floating array counts
 
 
 def takes_all_kinds(mdl, x, index, key, nothing, table, flags, name):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import as_called
 from rules import identity, plain
 
 from crossvjp.testing import assert_close, assert_same_bits
@@ -235,8 +236,8 @@ def run(name, wrap, through_state=False):
         seen = [part for part in parts if through_state or not is_state(part)]
         return sum_of_sines(seen), eqx.filter(out, eqx.is_array)
 
-    (value, out), grads = jax.value_and_grad(loss, has_aux=True)(floats)
-    return (value, out, loss(floats)), grads
+    (value, out), grads = as_called(jax.value_and_grad(loss, has_aux=True))(floats)
+    return (value, out, as_called(loss)(floats)), grads
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -239,7 +239,11 @@ def hand_written(reduce: Any, mesh: Any, check_vma: bool) -> tuple[Any, Any]:
 def test_with_check_vma_a_hand_written_rule_must_sum_over_shards(mesh):
     bars, own = hand_written(lambda w_bar: jax.lax.psum(w_bar, "i"), mesh, True)
     assert_close(bars, own)
-    words = r"\{V:i\} which doesn't match expected type" if is_coming() else "manual axis types do not match|statically inferred"
+    words = (
+        r"\{V:i\} which doesn't match expected type"
+        if is_coming()
+        else "manual axis types do not match|statically inferred"
+    )
     with pytest.raises(ValueError, match=words):
         hand_written(lambda w_bar: w_bar, mesh, True)
 
