@@ -17,6 +17,15 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) or is_ref(leaf)
 
 
+def as_array(leaf: Any) -> Any:
+    """Makes an array of what JAX hands over for one.
+
+    A Python number that is differentiated, `jax.grad(f)(1.0)`, arrives as one, though its tracer was an array, and a
+    NumPy array as a wrapper in older versions of JAX. `None` stands for a mutable array that was not kept.
+    """
+    return leaf if leaf is None or is_array(leaf) else jnp.asarray(leaf)
+
+
 def is_ref(leaf: Any) -> bool:
     """Says whether a leaf is a mutable array, `jax.Ref`: an input like others, without a gradient."""
     return isinstance(leaf, jax.Ref)

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import jax
 
-from ._arrays import Layout, take_apart
+from ._arrays import Layout, as_array, take_apart
 from ._behaviour import Perturbed
 from ._cotangents import Order, check_order
 from ._errors import ArgumentError, HandleError
@@ -185,7 +185,8 @@ class _ByFunctions:
         nondiff = [part.layout.fill([next(rest) for _ in part.indices]) for part in session.inputs.without_gradient]
         asked = {"updates_bar": updates_bar} if self.asks_updates else {}
         backward_fn = session.functions[1]
-        result = backward_fn(*nondiff, residuals.layout.fill(residuals.arrays), y_bar, **asked)
+        kept = residuals.layout.fill(map(as_array, residuals.arrays))
+        result = backward_fn(*nondiff, kept, y_bar, **asked)
         return session.signature.expected().conform(result, self._order, f"{self.author!r}")
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 
-from ._arrays import Layout, is_array, take_apart
+from ._arrays import Layout, as_array, is_array, take_apart
 from ._behaviour import Perturbed
 from ._closures import name_of
 from ._errors import ArgumentError, HandleError
@@ -209,7 +209,7 @@ class _ByPair:
         kept, nondiff_arrays, static = residuals
         rest: Iterator[Any] = iter(nondiff_arrays)
         nondiff = [part.layout.fill([next(rest) for _ in part.indices]) for part in session.inputs.without_gradient]
-        result = session.functions[1](*nondiff, static.layout.fill(kept), y_bar)
+        result = session.functions[1](*nondiff, static.layout.fill(map(as_array, kept)), y_bar)
         return session.signature.expected().conform(result, "inputs_first", self.author)
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from ._arrays import Layout, is_array, is_inexact, is_ref
+from ._arrays import Layout, as_array, is_inexact, is_ref
 from ._behaviour import Behaviour, Perturbed
 from ._closed_modules import guards_of_modules
 from ._closures import Closures, name_of
@@ -151,7 +151,7 @@ class _OneCall:
         return [list(flat[start:end]) for start, end in itertools.pairwise([0, *self._ends])]
 
     def _primal(self, *flat: Any) -> tuple[list[Any], list[Any]]:
-        _, closed, variables, context, arrays = self._grouped(flat)
+        _, closed, variables, context, arrays = map(_values, self._grouped(flat))
         session = self._functions.around(self._session, closed)
         return self._record(session.run(session.fn, variables, context, arrays))
 
@@ -223,7 +223,8 @@ class _OneCall:
         updates_unspoken = updates_flow and not self._behaviour.asks_updates
         if not (unspoken or updates_unspoken or any(perturbed.context)):
             return
-        pullback = own_pullback(session, kept.primals, perturbed.context)
+        variables, context, arrays = map(_values, kept.primals)
+        pullback = own_pullback(session, (variables, context, arrays), perturbed.context)
         sources = []
         if unspoken or any(perturbed.context):
             sources.append(pullback([*map(_materialized, y_bars)], None))
@@ -260,7 +261,7 @@ def _shown(layout: Layout) -> Any:
 
 
 def _values(group: Any) -> list[Any]:
-    return [_value(leaf.value if isinstance(leaf, CustomVJPPrimal) else leaf) for leaf in group]
+    return [as_array(leaf.value if isinstance(leaf, CustomVJPPrimal) else leaf) for leaf in group]
 
 
 def _as_jax(leaf: Any) -> Any:
@@ -268,15 +269,10 @@ def _as_jax(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array) or is_ref(leaf) else jnp.asarray(leaf)
 
 
-def _value(leaf: Any) -> Any:
-    # A Python number that is differentiated, jax.grad(f)(1.0), arrives as one, though its tracer was an array.
-    return leaf if is_array(leaf) else jnp.asarray(leaf)
-
-
 def _perturbed(leaf: Any) -> bool:
     if isinstance(leaf, CustomVJPPrimal):
-        return leaf.perturbed and is_inexact(_value(leaf.value))
-    return is_inexact(_value(leaf))
+        return leaf.perturbed and is_inexact(as_array(leaf.value))
+    return is_inexact(as_array(leaf))
 
 
 def _is_zero(bar: Any) -> bool:
