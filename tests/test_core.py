@@ -18,6 +18,7 @@ from flax import nnx
 
 import crossvjp
 from crossvjp import Cotangents
+from crossvjp.testing import assert_close
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -235,3 +236,12 @@ def test_private_framework_api_stays_in_two_files():
         if words and "import" in text:
             private[path.name] = words
     assert set(private) <= {"_haiku_frames.py", "_linen_modules.py"}
+
+
+@pytest.mark.parametrize(("dtype", "passes", "fails"), [("float32", 5e-7, 5e-6), ("bfloat16", 0.03, 0.2)])
+def test_the_comparison_is_as_fine_as_the_dtype(dtype, passes, fails):
+    """To eight spacings of numbers at the largest entry."""
+    largest = jnp.ones(2, dtype)
+    assert_close(largest * jnp.asarray(1 + passes, dtype), largest)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        assert_close(largest * jnp.asarray(1 + fails, dtype), largest)

@@ -103,7 +103,7 @@ def test_row_20_a_cotangent_of_another_dtype_is_cast_to_that_of_its_parameter(ho
 
     got = bars(widen.lift(f))
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
-    assert_close(got, bars(f), rtol=0.02)  # bfloat16 has 8 bits, and XLA may add in another order
+    assert_close(got, bars(f))  # to eight spacings of bfloat16 at the largest entry: XLA may add in another order
 
 
 @each_framework
