@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from ._arrays import Layout, as_array, is_inexact, is_ref
@@ -265,8 +266,8 @@ def _values(group: Any) -> list[Any]:
 
 
 def _as_jax(leaf: Any) -> Any:
-    # The coming implementation gives constants of an eager call back as Python's or NumPy's.
-    return leaf if isinstance(leaf, jax.Array) or is_ref(leaf) else jnp.asarray(leaf)
+    # The coming implementation gives constants of an eager call back as Python's, or in a class of its own.
+    return leaf if is_ref(leaf) or isinstance(leaf, jax.Array) or type(leaf) is np.ndarray else jnp.asarray(leaf)
 
 
 def _perturbed(leaf: Any) -> bool:
