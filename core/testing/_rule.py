@@ -79,6 +79,7 @@ def check_rule(
 
     Example:
         >>> import jax, jax.numpy as jnp, crossvjp as cv
+        >>> from crossvjp.testing import CheckError, built_in_subjects, check_rule
         >>> @cv.rule
         ... def forgets(call, y_bar):  # the cotangent that flows in
         ...     return call.pullback(jax.tree.map(jnp.ones_like, y_bar))
