@@ -11,6 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import is_coming
 
 import crossvjp as cv
 from crossvjp.testing import (
@@ -315,7 +316,14 @@ WRONG = (
         "returns float32[4] for `variables`, which is bfloat16[4] at ",
         HALF,
     ),
-    Wrong("a wider output", (wider, own), (FORWARD,), "(dtypes float32, bfloat16 mismatch)", HALF),
+    # JAX's coming custom_vjp runs the function itself too, so that the two outputs are compared before.
+    Wrong(
+        "a wider output",
+        (wider, own),
+        (FORWARD,),
+        "but wider float32[5, 2]" if is_coming() else "(dtypes float32, bfloat16 mismatch)",
+        HALF,
+    ),
     Wrong("two calls", (calls_twice, own), (FORWARD,), "gives another value, under grad", SUBJECTS["haiku block"]),
     Wrong("another key", (folds_the_key, own), (FORWARD,), "gives another value, under grad", BLOCK),
     Wrong("another key in jit", (folds_the_key_when_traced, own), (FORWARD,), "another value, under grad", BLOCK),
