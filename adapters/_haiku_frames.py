@@ -1,4 +1,4 @@
-"""What the Haiku adapter needs of Haiku's private API, all in one place; tests/test_haiku_private.py pins it."""
+"""What the Haiku adapter needs of Haiku's private API, all in one place; tests/test_private_api.py pins it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Linen adapter needs of Flax's private API, all in one place; tests/test_linen_private.py pins it."""
+"""What the Linen adapter needs of Flax's private API, all in one place; tests/test_private_api.py pins it."""
 
 from __future__ import annotations
 

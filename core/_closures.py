@@ -49,7 +49,7 @@ class Closures:
         self._functions = (*values, *backward)
         self._makers = [self._visit(function, name_of(function)) for function in values]
         guarded, modules = len(self._arrays), len(self.modules)
-        self._seen.clear()
+        self._seen.clear()  # a function of both is visited again, to note what the backward pass needs of it
         self._for_backward = set()
         self._makers += [self._visit(function, name_of(function)) for function in backward]
         self._seen.clear()

@@ -158,7 +158,7 @@ def test_a_late_run_sees_the_value_of_its_own_call():
     def loss(w, factors):
         total = 0.0
         for factor in (factors[0], factors[1]):
-            total += identity.lift(lambda w, x: jnp.sum(w * x * factor))(w, X)  # noqa: B023  on purpose
+            total += identity.lift(lambda w, x: jnp.sum(w * x * factor))(w, X)  # noqa: B023  the changing cell is what is tested
         return total
 
     factors = jnp.array([5.0, 7.0])
