@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 
 from crossvjp.adapters.pytree import ValueBoundary
-from crossvjp.extend import Body, Predicate, predicate, unknown_choice
+from crossvjp.extend import Body, Predicate, held_channel, predicate, unknown_choice
 
 
 class EquinoxAdapter:
@@ -23,6 +23,9 @@ class EquinoxAdapter:
 
     def initializing(self, mdl: Any) -> bool:
         return False
+
+    def channel(self, mdl: Any, name: str, initial: Any) -> Any:
+        return held_channel(mdl, name)
 
     def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
         return body(ValueBoundary(mdl, _wanted(mdl, grad_vars), grad_vars))[0]

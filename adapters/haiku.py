@@ -19,7 +19,7 @@ from crossvjp import HandleError
 from crossvjp.adapters._haiku_frames import Frame, MissedError, refuse_frames, touched_by
 from crossvjp.adapters._haiku_transformed import TransformedAdapter
 from crossvjp.adapters._haiku_transformed import bind as bind
-from crossvjp.extend import Body, Partition, Predicate, predicate, run_and_publish, unknown_choice
+from crossvjp.extend import Body, Partition, Predicate, flat_name, predicate, run_and_publish, unknown_choice
 
 
 class HaikuBoundary:
@@ -79,6 +79,15 @@ class HaikuAdapter:
     def initializing(self, mdl: Any) -> bool:
         _check_inside(mdl)
         return hk.running_init()
+
+    def channel(self, mdl: Any, name: str, initial: Any) -> Any:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(initial)
+        names = [flat_name(name, initial, path) for path, _ in leaves]
+        made = [
+            hk.get_parameter(flat, leaf.shape, leaf.dtype, init=lambda *_, leaf=leaf: leaf)
+            for flat, (_, leaf) in zip(names, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, made)
 
     def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
         _check_inside(mdl)

@@ -117,6 +117,16 @@ class LinenAdapter:
         handles = [part for part in jax.tree.leaves(mdl, is_leaf=_is_handle) if _is_handle(part)]
         return any(_bound_scope(handle).get_flag("initializing", False) for handle in handles)
 
+    def channel(self, mdl: Any, name: str, initial: Any) -> Any:
+        scope = mdl if isinstance(mdl, Scope) else mdl.scope
+        if (
+            scope is not None
+            and not scope.has_variable("channels", name)
+            and not scope.is_mutable_collection("channels")
+        ):
+            return initial  # the variables were given without channels: nobody asks for what is sent
+        return mdl.variable("channels", name, lambda: initial).value
+
     def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
         return run_and_publish(LinenBoundary(mdl, grad_vars), body)
 

@@ -25,6 +25,10 @@ class _At:
     path: tuple[Any, ...]
 
 
+class ChannelVariable(nnx.Variable[Any]):
+    """A channel out of the backward pass as a variable of a module."""
+
+
 class _Spent:
     """What a Variable of a finished run holds, so that reading it is an error and not a stale value."""
 
@@ -113,6 +117,12 @@ class NnxAdapter:
 
     def initializing(self, mdl: Any) -> bool:
         return False
+
+    def channel(self, mdl: Any, name: str, initial: Any) -> Any:
+        if not hasattr(mdl, name):
+            setattr(mdl, name, ChannelVariable(initial))
+        held = getattr(mdl, name)
+        return held.get_value() if isinstance(held, nnx.Variable) else held
 
     def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
         return run_and_publish(NnxBoundary(mdl, grad_vars), body)

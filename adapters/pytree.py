@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from crossvjp.extend import Body, Partition, Predicate, predicate, unknown_choice
+from crossvjp.extend import Body, Partition, Predicate, held_channel, predicate, unknown_choice
 
 
 class ValueBoundary:
@@ -35,6 +35,9 @@ class PytreeAdapter:
 
     def initializing(self, mdl: Any) -> bool:
         return False
+
+    def channel(self, mdl: Any, name: str, initial: Any) -> Any:
+        return held_channel(mdl, name)
 
     def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
         keys = set(map(str, mdl)) if isinstance(mdl, Mapping) else set()

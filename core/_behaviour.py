@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ._session import Outcome, Session
 
 
 @dataclasses.dataclass(frozen=True)
-class Perturbed:
-    """Which arrays of a call are differentiated; where JAX can't say, every floating array counts."""
+class Primals:
+    """The flat arguments of one call: the rule's own arrays, the variables, the context and the inputs."""
 
+    own: Sequence[Any]
+    variables: Sequence[Any]
+    context: Sequence[Any]
+    arrays: Sequence[Any]
+
+
+class Perturbed(NamedTuple):
+    """Which arguments of a call are differentiated; where JAX can't say, every floating array counts."""
+
+    own: tuple[bool, ...]
     variables: tuple[bool, ...]
     context: tuple[bool, ...]
     arrays: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a rule gave: flat cotangents, `None` for zero."""
+
+    inputs: list[list[Any]]
+    keywords: dict[str, list[Any]]
+    variables: list[Any]
+    own: list[Any] | None = None
 
 
 class Behaviour(Protocol):
@@ -39,21 +59,26 @@ class Behaviour(Protocol):
     author: str
     """What errors call the rule."""
 
-    def forward(
-        self,
-        session: Session,
-        own: Sequence[Any],
-        variables: Sequence[Any],
-        context: Sequence[Any],
-        arrays: Sequence[Any],
-        perturbed: Perturbed,
-    ) -> tuple[Outcome, Any]:
+    def check(self, session: Session) -> None:
+        """Refuses a call that the rule can't be put on."""
+        ...
+
+    def run(self, session: Session, primals: Primals) -> Outcome:
+        """Runs what is computed where no gradient is asked for."""
+        ...
+
+    def forward(self, session: Session, primals: Primals, perturbed: Perturbed) -> tuple[Outcome, Any]:
         """Runs the forward pass; returns its outcome and the residuals, a pytree of arrays.
 
         `session.functions` are the forward and the backward functions to run.
         """
         ...
 
-    def backward(self, session: Session, residuals: Any, y_bar: Any, updates_bar: Any) -> tuple[Any, ...]:
-        """Runs the rule; returns flat cotangents of inputs, keyword inputs and variables, `None` for zero."""
+    def backward(self, session: Session, residuals: Any, y_bar: Any, updates_bar: Any) -> Answer:
+        """Runs the rule."""
         ...
+
+
+def run_alone(session: Session, primals: Primals) -> Outcome:
+    """Runs `fn` itself."""
+    return session.run(session.fn, primals.variables, primals.context, primals.arrays)

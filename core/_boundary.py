@@ -91,6 +91,14 @@ class Adapter(Protocol):
         """Says whether the framework is creating its variables now, when `fn` has to run as it is."""
         ...
 
+    def channel(self, mdl: Any, name: str, initial: Any) -> Any:
+        """Gives a channel that is a variable of the module, made of `initial` where the framework makes variables.
+
+        Raises:
+            ArgumentError: the module has none of this name, and variables can't be made here.
+        """
+        ...
+
     def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
         """Opens a boundary around `mdl`, runs `body(boundary) -> (out, updates)`, publishes the updates, returns `out`.
 

@@ -23,6 +23,7 @@ class Cotangents(tuple[Any, ...]):
             for zero, whole or in part, and for leaves that have no gradient.
         variables: the cotangent of the variables, shaped like them.
         keywords: the cotangents of inputs that were passed by keyword and have no position.
+        fields: the cotangents of a rule's own fields, by name; see `with_fields`.
         order: `"variables_first"` unpacks as `variables_bar, *inputs_bar`, as today's Flax does.
 
     Example:
@@ -35,6 +36,7 @@ class Cotangents(tuple[Any, ...]):
     inputs: tuple[Any, ...]
     variables: Any
     keywords: Mapping[str, Any]
+    fields: Mapping[str, Any]
     order: Order
 
     def __new__(
@@ -43,6 +45,7 @@ class Cotangents(tuple[Any, ...]):
         variables: Any,
         *,
         keywords: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] | None = None,
         order: Order = "inputs_first",
     ) -> Cotangents:
         """Builds the tuple in the given order."""
@@ -57,29 +60,41 @@ class Cotangents(tuple[Any, ...]):
         self.inputs = tuple(inputs)
         self.variables = variables
         self.keywords = dict(keywords or {})
+        self.fields = dict(fields or {})
         self.order = order
         return self
 
     def replace(self, **changes: Any) -> Cotangents:
-        """Returns a copy with `inputs`, `variables` or `keywords` replaced.
+        """Returns a copy with `inputs`, `variables`, `keywords` or `fields` replaced.
 
         Raises:
             ArgumentError: another name is given.
         """
-        unknown = set(changes) - {"inputs", "variables", "keywords"}
+        parts = {name: getattr(self, name) for name in ("inputs", "variables", "keywords", "fields")}
+        unknown = set(changes) - set(parts)
         if unknown:
             raise ArgumentError(
-                f"`replace` takes `inputs`, `variables` and `keywords`, but got {', '.join(sorted(unknown))}."
+                "`replace` takes `inputs`, `variables`, `keywords` and `fields`, but got "
+                f"{', '.join(sorted(unknown))}. For a field of the rule use with_fields({min(unknown)}=...)."
             )
-        fields = {"inputs": self.inputs, "variables": self.variables, "keywords": self.keywords, **changes}
-        return Cotangents(fields["inputs"], fields["variables"], keywords=fields["keywords"], order=self.order)
+        parts |= changes
+        return Cotangents(parts.pop("inputs"), parts.pop("variables"), order=self.order, **parts)
+
+    def with_fields(self, **cotangents: Any) -> Cotangents:
+        """Returns a copy that has cotangents of the rule's own fields too: of a learned scale, or a channel.
+
+        Args:
+            **cotangents: for a field, something shaped like it; fields that are not named get zero.
+        """
+        return self.replace(fields={**self.fields, **cotangents})
 
     def __getnewargs_ex__(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (self.inputs, self.variables), {"keywords": self.keywords, "order": self.order}
+        return (self.inputs, self.variables), {"keywords": self.keywords, "fields": self.fields, "order": self.order}
 
     def __repr__(self) -> str:
         keywords = f", keywords={dict(self.keywords)!r}" if self.keywords else ""
-        return f"Cotangents(inputs={self.inputs!r}, variables={self.variables!r}{keywords})"
+        fields = f", fields={dict(self.fields)!r}" if self.fields else ""
+        return f"Cotangents(inputs={self.inputs!r}, variables={self.variables!r}{keywords}{fields})"
 
 
 def check_order(order: Any) -> None:
@@ -92,20 +107,23 @@ def check_order(order: Any) -> None:
         raise ArgumentError(f"`order` must be 'inputs_first' or 'variables_first', but is {order!r}.")
 
 
+_PARTS = ("inputs", "variables", "keywords", "fields")
+
+
 def _flatten(bar: Cotangents) -> tuple[tuple[Any, ...], Order]:
-    return (bar.inputs, bar.variables, bar.keywords), bar.order
+    return tuple(getattr(bar, name) for name in _PARTS), bar.order
 
 
 def _flatten_with_keys(bar: Cotangents) -> tuple[tuple[Any, ...], Order]:
-    key = jax.tree_util.GetAttrKey
-    return ((key("inputs"), bar.inputs), (key("variables"), bar.variables), (key("keywords"), bar.keywords)), bar.order
+    return tuple((jax.tree_util.GetAttrKey(name), getattr(bar, name)) for name in _PARTS), bar.order
 
 
 def _unflatten(order: Order, children: Any) -> Cotangents:
-    inputs, variables, keywords = children
+    inputs, variables, keywords, fields = children
     each = inputs if isinstance(inputs, tuple) else (inputs,)  # JAX may put a placeholder for the whole tuple
     self = tuple.__new__(Cotangents, (*each, variables) if order == "inputs_first" else (variables, *each))
-    self.inputs, self.variables, self.keywords, self.order = inputs, variables, keywords, order
+    self.inputs, self.variables, self.keywords, self.fields = inputs, variables, keywords, fields
+    self.order = order
     return self
 
 

@@ -10,7 +10,7 @@ from typing import Any, overload
 import jax
 
 from ._arrays import Layout, as_array, take_apart
-from ._behaviour import Perturbed
+from ._behaviour import Answer, Perturbed, Primals, run_alone
 from ._cotangents import Order, check_order
 from ._errors import ArgumentError, HandleError
 from ._inputs import has_parameter, positions_of
@@ -142,15 +142,13 @@ class _ByFunctions:
         # If `fn` has a parameter of this name too, it is one of the call's own.
         self._asks_perturbed = has_parameter(forward_fn, "perturbed") and not has_parameter(fn, "perturbed")
 
-    def forward(
-        self,
-        session: Session,
-        own: Sequence[Any],
-        variables: Sequence[Any],
-        context: Sequence[Any],
-        arrays: Sequence[Any],
-        perturbed: Perturbed,
-    ) -> tuple[Outcome, Any]:
+    def check(self, session: Session) -> None:
+        pass
+
+    def run(self, session: Session, primals: Primals) -> Outcome:
+        return run_alone(session, primals)
+
+    def forward(self, session: Session, primals: Primals, perturbed: Perturbed) -> tuple[Outcome, Any]:
         adapter = session.adapter
         forward_fn = session.functions[0]
         if self._asks_perturbed:
@@ -175,19 +173,19 @@ class _ByFunctions:
                 )
             return *take_apart(y), (kept, kept_layout)
 
-        outcome = session.run(forward_fn, variables, context, arrays, unpack)
+        outcome = session.run(forward_fn, primals.variables, primals.context, primals.arrays, unpack)
         kept, kept_layout = outcome.extra
-        nondiff = [arrays[index] for part in session.inputs.without_gradient for index in part.indices]
+        nondiff = [primals.arrays[index] for part in session.inputs.without_gradient for index in part.indices]
         return outcome, _Residuals(kept, nondiff, kept_layout)
 
-    def backward(self, session: Session, residuals: Any, y_bar: Any, updates_bar: Any) -> tuple[Any, ...]:
+    def backward(self, session: Session, residuals: Any, y_bar: Any, updates_bar: Any) -> Answer:
         rest = iter(residuals.nondiff)
         nondiff = [part.layout.fill([next(rest) for _ in part.indices]) for part in session.inputs.without_gradient]
         asked = {"updates_bar": updates_bar} if self.asks_updates else {}
         backward_fn = session.functions[1]
         kept = residuals.layout.fill(map(as_array, residuals.arrays))
         result = backward_fn(*nondiff, kept, y_bar, **asked)
-        return session.signature.expected().conform(result, self._order, f"{self.author!r}")
+        return Answer(*session.signature.expected().conform(result, self._order, f"{self.author!r}"))
 
 
 @jax.tree_util.register_pytree_node_class

@@ -9,22 +9,25 @@ from typing import Any
 import jax
 
 from ._arrays import ArrayType, is_inexact
+from ._behaviour import Primals
 from ._errors import ArgumentError
-from ._session import Session, merge, pick, zero_of
+from ._pullback import merge, pick, zero_of
+from ._session import Outcome
 
 
 @dataclasses.dataclass
 class Bars:
-    """Flat cotangents of the variables, the context and the inputs of one call; `None` stands for zero."""
+    """Flat cotangents of the arguments of one call; `None` stands for zero."""
 
+    own: list[Any]
     variables: list[Any]
     context: list[Any]
     arrays: list[Any]
 
     @staticmethod
-    def zero(variables: int, context: int, arrays: int) -> Bars:
+    def zero(own: int, variables: int, context: int, arrays: int) -> Bars:
         """Makes zeros for so many arrays."""
-        return Bars([None] * variables, [None] * context, [None] * arrays)
+        return Bars([None] * own, [None] * variables, [None] * context, [None] * arrays)
 
 
 def place(target: list[Any], indices: Iterable[int], bars: Iterable[Any]) -> None:
@@ -35,31 +38,31 @@ def place(target: list[Any], indices: Iterable[int], bars: Iterable[Any]) -> Non
 
 
 def own_pullback(
-    session: Session, primals: tuple[list[Any], list[Any], list[Any]], perturbed_context: Sequence[bool]
+    run: Callable[[Primals], Outcome],
+    primals: Primals,
+    perturbed_context: Sequence[bool],
+    ref_type: ArrayType | None,
 ) -> Callable[[list[Any] | None, list[Any] | None], Bars]:
-    """Linearises `fn` again at the call's own arguments.
+    """Linearises the call again at its own arguments.
 
     Args:
-        session: the call.
-        primals: its variables, context and inputs.
+        run: the call.
+        primals: its arguments.
         perturbed_context: which arrays of the context are differentiated.
+        ref_type: the type of a mutable array among the arguments, if there is one.
 
     Returns:
         The pullback of the output and the updates together: `(y_bars, updates_bars) -> Bars`, with
         `None` for either that is zero.
     """
-    variables, context, arrays = primals
-    _refuse_ref(session.ref_type)
+    variables, context, arrays = list(primals.variables), primals.context, primals.arrays
+    _refuse_ref(ref_type)
     inexact = [is_inexact(array) for array in arrays]
     kinds: list[list[bool]] = []
 
     def primal(variables: Any, some_context: Any, some_arrays: Any) -> tuple[list[Any], list[Any]]:
-        outcome = session.run(
-            session.fn,
-            variables,
-            merge(perturbed_context, some_context, context),
-            merge(inexact, some_arrays, arrays),
-        )
+        given = merge(perturbed_context, some_context, context), merge(inexact, some_arrays, arrays)
+        outcome = run(Primals(primals.own, variables, *given))
         kinds[:] = [[is_inexact(array) for array in group] for group in (outcome.arrays, outcome.updates)]
         return pick(kinds[0], outcome.arrays), pick(kinds[1], outcome.updates)
 
@@ -70,7 +73,7 @@ def own_pullback(
             [zero_of(array) for array in group] if given is None else pick(kind, given)
             for group, given, kind in zip(out, bars, kinds, strict=True)
         )
-        found = Bars.zero(len(variables), len(context), len(arrays))
+        found = Bars.zero(0, len(variables), len(context), len(arrays))
         found.variables, some_context, some_arrays = pull(seeds)
         place(found.context, _where(perturbed_context), some_context)
         place(found.arrays, _where(inexact), some_arrays)

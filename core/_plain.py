@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 
 from ._arrays import Layout, as_array, is_array, take_apart
-from ._behaviour import Perturbed
+from ._behaviour import Answer, Perturbed, Primals, run_alone
 from ._closures import name_of
 from ._errors import ArgumentError, HandleError
 from ._inputs import Inputs, positions_of
@@ -161,21 +161,19 @@ class _ByPair:
         self.author = repr(name_of(function.bwd))
         self._fun_name, self._fwd_name = name_of(function.fun), name_of(function.fwd)
 
-    def forward(
-        self,
-        session: Session,
-        own: Sequence[Any],
-        variables: Sequence[Any],
-        context: Sequence[Any],
-        arrays: Sequence[Any],
-        perturbed: Perturbed,
-    ) -> tuple[Outcome, Any]:
-        given = list(arrays)
+    def check(self, session: Session) -> None:
+        pass
+
+    def run(self, session: Session, primals: Primals) -> Outcome:
+        return run_alone(session, primals)
+
+    def forward(self, session: Session, primals: Primals, perturbed: Perturbed) -> tuple[Outcome, Any]:
+        given = list(primals.arrays)
         if self.symbolic_zeros:
             nondiff = {index for part in session.inputs.without_gradient for index in part.indices}
             given = [
                 array if index in nondiff else CustomVJPPrimal(array, able)
-                for index, (array, able) in enumerate(zip(arrays, perturbed.arrays, strict=True))
+                for index, (array, able) in enumerate(zip(primals.arrays, perturbed.arrays, strict=True))
             ]
 
         def unpack(result: Any) -> tuple[list[Any], Layout, Any]:
@@ -183,8 +181,8 @@ class _ByPair:
             self._refuse_records((y, residuals))
             return *take_apart(jax.tree.map(_as_array, y)), take_apart(residuals)
 
-        outcome = session.run(_with_none(session.functions[0]), variables, context, given, unpack)
-        nondiff_arrays = [arrays[index] for part in session.inputs.without_gradient for index in part.indices]
+        outcome = session.run(_with_none(session.functions[0]), primals.variables, primals.context, given, unpack)
+        nondiff_arrays = [primals.arrays[index] for part in session.inputs.without_gradient for index in part.indices]
         kept, layout = outcome.extra
         return outcome, (kept, nondiff_arrays, _Static(layout))
 
@@ -205,12 +203,12 @@ class _ByPair:
                     f"{show(path)}. Return its .value."
                 )
 
-    def backward(self, session: Session, residuals: Any, y_bar: Any, updates_bar: Any) -> tuple[Any, ...]:
+    def backward(self, session: Session, residuals: Any, y_bar: Any, updates_bar: Any) -> Answer:
         kept, nondiff_arrays, static = residuals
         rest: Iterator[Any] = iter(nondiff_arrays)
         nondiff = [part.layout.fill([next(rest) for _ in part.indices]) for part in session.inputs.without_gradient]
         result = session.functions[1](*nondiff, static.layout.fill(map(as_array, kept)), y_bar)
-        return session.signature.expected().conform(result, "inputs_first", self.author)
+        return Answer(*session.signature.expected().conform(result, "inputs_first", self.author))
 
 
 @jax.tree_util.register_static

@@ -64,13 +64,23 @@ def adapter_of(mdl: Any) -> Adapter:
         )
     if adapters:
         return next(iter(adapters.values()))
-    if any(is_array(leaf) for leaf in leaves):
+    if mdl is None or any(is_array(leaf) for leaf in leaves):
         return _built_in(_PLAIN)[0]
     frameworks = "Flax Linen, Flax NNX, Haiku or Equinox"
     raise HandleError(
-        f"The module handle must be a module of {frameworks}, a pytree of arrays, or a tuple, list or dict of "
-        f"these, but is {_described(mdl)}. An adapter for another framework is added with `register_adapter`."
+        f"The module handle must be a module of {frameworks}, a pytree of arrays, a tuple, list or dict of "
+        f"these, or None for no module, but is {_described(mdl)}. An adapter for another framework is added with "
+        "`register_adapter`."
     )
+
+
+def is_handle(mdl: Any) -> bool:
+    """Says whether a value can be opened as a module."""
+    try:
+        adapter_of(mdl)
+    except HandleError:
+        return False
+    return True
 
 
 def _described(mdl: Any) -> str:

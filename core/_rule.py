@@ -5,18 +5,17 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable
 from typing import Any, TypeVar, dataclass_transform, overload
 
 import jax
-from jaxtyping import PyTree
 
-from ._arrays import Layout, Static, take_apart
-from ._behaviour import Perturbed
-from ._cotangents import Cotangents
+from ._arrays import ArrayType, Static, take_apart
+from ._by_rule import ByRule
+from ._call import Call
 from ._errors import ArgumentError
-from ._inputs import has_parameter
-from ._session import Outcome, Pullback, Session, without_refs
+from ._registry import is_handle
 from ._transform import Options, transformed_call
 
 T = TypeVar("T")
@@ -43,36 +42,16 @@ def static(**options: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **options)
 
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What a rule sees of the module call whose pullback it replaces."""
-
-    pullback: Pullback
-    """The module's own pullback, linearised at the call; may be called any number of times."""
-
-    variables: PyTree
-    """The variables, in the framework's own containers."""
-
-    inputs: tuple[Any, ...]
-    """The positional inputs, with `None` for a `jax.Ref`, which can't leave the forward pass."""
-
-    keywords: dict[str, Any]
-    """The inputs that were passed by keyword and have no position."""
-
-    output: Any
-    """What the call returned."""
-
-    perturbed: Cotangents
-    """Booleans in the places of the cotangents: which arrays are differentiated at all, so that work can be spared."""
-
-
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 class Rule(abc.ABC):
     """A backward pass for module calls, the same in every framework.
 
     A subclass is a frozen dataclass and a pytree. Its fields may be traced values, a schedule or a
     learned scale among them, and enter the transform as arguments; fields declared with `static` do
-    not. It defines `backward`.
+    not. It defines `backward`, and `forward` if it replaces the forward pass too.
+
+    Only what the results of `backward` depend on is kept from the forward pass to the backward
+    pass. To find that out, `backward` is traced once more, on types alone.
 
     Example:
         >>> class Scale(Rule):
@@ -91,10 +70,31 @@ class Rule(abc.ABC):
     exact = False
     """Whether they are those of the function itself, computed in another way; for `check_rule` too."""
 
+    symbolic_zeros = True
+    """Whether `y_bar` has `None` where nothing depends on an output, as far as JAX knows it, or an array of zeros.
+
+    `jax.tree.map` passes over `None`, and `call.pullback` takes it for zero. A rule that calculates
+    with several outputs together says False. If no output has a cotangent, `backward` does not run.
+    """
+
+    needs_variables = False
+    """Whether the rule is for variables, so that putting it on a module without any is an error."""
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True)(cls)
         jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, _unflattener(cls), _flatten)
+
+    def forward(self, call: Call) -> Any:
+        """Computes the output in place of the module, if a subclass defines it.
+
+        Args:
+            call: the call: its variables and inputs, and ways to run the module on these or others.
+
+        Returns:
+            The output, like the module's own in structure, shapes and dtypes; or `(output, Residuals(...))`.
+        """
+        raise ArgumentError(f"{type(self).__name__} leaves the forward pass to the module.")
 
     @abc.abstractmethod
     def backward(self, call: Call, y_bar: Any) -> Any:
@@ -112,11 +112,13 @@ class Rule(abc.ABC):
             A `Cotangents`, or the tuple `(*inputs_bar, variables_bar)`; `None` stands for zero.
         """
 
-    def __call__(self, mdl: Any) -> Callable[..., Any]:
+    def __call__(self, mdl: Any, *, key: Any = None) -> Callable[..., Any]:
         """Puts the rule on a module that can be called.
 
         Args:
-            mdl: a module, a bound method of one, or any other handle with a `__call__`.
+            mdl: a module, a bound method of one, any other handle with a `__call__`, or a plain
+                function of inputs.
+            key: as in `lift`.
 
         Returns:
             A function that calls the module under the rule.
@@ -129,43 +131,85 @@ class Rule(abc.ABC):
                 f"{self!r} can be put on a module that can be called, but {type(mdl).__name__} can't. "
                 "Use rule.lift(fn)(mdl, *args) with a function fn(mdl, *args)."
             )
-        lifted = self.lift(_call)
+        if _is_plain(mdl):
+            lifted = self.lift(lambda _, *args, **kwargs: mdl(*args, **kwargs), key=key)
+            return functools.wraps(mdl)(lambda *args, **kwargs: lifted(None, *args, **kwargs))
+        lifted = self.lift(_call, key=key)
         return lambda *args, **kwargs: lifted(mdl, *args, **kwargs)
 
     def lift(
-        self, fn: Callable[..., Any], *, grad_vars: Any = "params", optimize_remat: bool = False
+        self,
+        fn: Callable[..., Any],
+        *,
+        grad_vars: Any = "params",
+        key: Any = None,
+        optimize_remat: bool = False,
     ) -> Callable[..., Any]:
         """Puts the rule on a function of a module handle.
 
         Args:
-            fn: a function `fn(mdl, *args, **kwargs)` for any handle, plain parameters among them.
+            fn: a function `fn(mdl, *args, **kwargs)` for any handle: plain parameters, or `None`
+                where there are no variables.
             grad_vars: the variables that the rule acts on; as in `custom_vjp`. The others keep
                 the module's own derivative.
+            key: a PRNG key for rules that draw random numbers, which find it in `call.key`.
             optimize_remat: as in `custom_vjp`.
 
         Returns:
             A function with the signature of `fn`.
+
+        Raises:
+            ArgumentError: called on a module without variables, where the rule is for variables.
         """
         options = Options(grad_vars, (), optimize_remat)
 
         @functools.wraps(fn)
         def under_rule(mdl: Any, *args: Any, **kwargs: Any) -> Any:
-            return transformed_call(fn, _ByRule(self), options, mdl, args, kwargs)
+            return transformed_call(fn, ByRule(self, key), options, mdl, args, kwargs)
 
         return under_rule
+
+    @property
+    def replaces_forward(self) -> bool:
+        """Whether the rule has a forward pass of its own."""
+        return type(self).forward is not Rule.forward
+
+    @property
+    def own_backward(self) -> Callable[..., Any]:
+        """What is called for the backward pass."""
+        return self.backward
+
+    def data_fields(self) -> list[str]:
+        """Lists the names of the fields that may hold arrays."""
+        fields: Any = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]  made a dataclass
+        return [field.name for field in fields if not _is_static(field)]
+
+    def described(self) -> str:
+        """Gives the rule as errors print it, with types in the places of arrays."""
+        _, layout = take_apart(self)
+        return repr(layout.fill([_Word(str(ArrayType.of(array))) for array in take_apart(self)[0]]))
 
 
 @overload
 def rule(backward: Callable[..., Any]) -> Rule: ...
 @overload
-def rule(*, linear: bool = True, exact: bool = False) -> Callable[[Callable[..., Any]], Rule]: ...
-def rule(backward: Callable[..., Any] | None = None, *, linear: bool = True, exact: bool = False) -> Any:
+def rule(
+    *, linear: bool = True, exact: bool = False, symbolic_zeros: bool = True
+) -> Callable[[Callable[..., Any]], Rule]: ...
+def rule(
+    backward: Callable[..., Any] | None = None,
+    *,
+    linear: bool = True,
+    exact: bool = False,
+    symbolic_zeros: bool = True,
+) -> Any:
     """Makes a rule without fields of a function `backward(call, y_bar)`.
 
     Args:
         backward: as `Rule.backward`.
         linear: as `Rule.linear`.
         exact: as `Rule.exact`.
+        symbolic_zeros: as `Rule.symbolic_zeros`.
 
     Returns:
         The rule; without `backward`, a decorator that makes it.
@@ -179,77 +223,27 @@ def rule(backward: Callable[..., Any] | None = None, *, linear: bool = True, exa
         1.0
     """
     if backward is None:
-        return lambda backward: FunctionRule(backward, linear, exact)
-    return FunctionRule(backward, linear, exact)
+        return lambda backward: FunctionRule(backward, linear, exact, symbolic_zeros)
+    return FunctionRule(backward, linear, exact, symbolic_zeros)
+
+
+class _Word:
+    """Prints as it is."""
+
+    def __init__(self, word: str):
+        self._word = word
+
+    def __repr__(self) -> str:
+        return self._word
+
+
+def _is_plain(mdl: Any) -> bool:
+    """Says whether a callable is a function of inputs alone, and not a module's."""
+    return not isinstance(mdl, types.MethodType) and not is_handle(mdl)
 
 
 def _call(mdl: Any, *args: Any, **kwargs: Any) -> Any:
     return mdl(*args, **kwargs)
-
-
-class _ByRule:
-    """The behaviour of a wrapped call whose backward pass is a `Rule`."""
-
-    symbolic_zeros = False
-    forward_functions: Sequence[Any] = ()
-
-    def __init__(self, the_rule: Rule):
-        arrays, self._layout = take_apart(the_rule)
-        self.arrays: Sequence[Any] = arrays
-        self.backward_functions: Sequence[Any] = [the_rule.function] if isinstance(the_rule, FunctionRule) else []
-        self.author = repr(the_rule)
-        backward = the_rule.function if isinstance(the_rule, FunctionRule) else the_rule.backward
-        self.asks_updates = has_parameter(backward, "updates_bar")
-
-    def forward(
-        self,
-        session: Session,
-        own: Sequence[Any],
-        variables: Sequence[Any],
-        context: Sequence[Any],
-        arrays: Sequence[Any],
-        perturbed: Perturbed,
-    ) -> tuple[Outcome, Any]:
-        outcome, pullback = session.linearize(variables, context, arrays, "inputs_first")
-        facts = outcome.layout, perturbed
-        return outcome, _Residuals(pullback, list(own), list(variables), without_refs(arrays), outcome.arrays, facts)
-
-    def backward(self, session: Session, residuals: Any, y_bar: Any, updates_bar: Any) -> tuple[Any, ...]:
-        inputs, keywords = session.inputs.rebuild(residuals.arrays, ())
-        layout, perturbed = residuals.facts
-        call = Call(
-            residuals.pullback,
-            jax.tree.unflatten(session.variables_def, residuals.variables),
-            inputs,
-            keywords,
-            layout.fill(residuals.output),
-            session.signature.build(perturbed.variables, perturbed.arrays, "inputs_first"),
-        )
-        backward = session.functions[0] if session.functions else self._layout.fill(residuals.own).backward
-        asked = {"updates_bar": updates_bar} if self.asks_updates else {}
-        result = backward(call, y_bar, **asked)
-        return session.signature.expected().conform(result, "inputs_first", self.author)
-
-
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass
-class _Residuals:
-    """What a rule may touch; all but the pullback and the output are references to the call's arguments."""
-
-    pullback: Pullback
-    own: list[Any]
-    variables: list[Any]
-    arrays: list[Any]
-    output: list[Any]
-    facts: tuple[Layout, Perturbed]
-
-    def tree_flatten(self) -> tuple[Any, Any]:
-        return (self.pullback, self.own, self.variables, self.arrays, self.output), self.facts
-
-    @classmethod
-    def tree_unflatten(cls, facts: tuple[Layout, Perturbed], children: Any) -> _Residuals:
-        pullback, own, variables, arrays, output = children
-        return cls(pullback, own, variables, arrays, output, facts)
 
 
 def _is_static(field: dataclasses.Field[Any]) -> bool:
@@ -286,10 +280,16 @@ class FunctionRule(Rule):
     function: Callable[..., Any] = static()
     linear: bool = static(default=True)
     exact: bool = static(default=False)
+    symbolic_zeros: bool = static(default=True)
 
     def backward(self, call: Call, y_bar: Any) -> Any:
         """Calls the function."""
         return self.function(call, y_bar)
+
+    @property
+    def own_backward(self) -> Callable[..., Any]:
+        """The function, whose parameters say what it asks for."""
+        return self.function
 
     def __repr__(self) -> str:
         return getattr(self.function, "__name__", repr(self.function))

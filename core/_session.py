@@ -8,17 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.interpreters.ad import zeros_like_aval
 
 from ._arrays import ArrayType, Layout, is_inexact, is_ref, take_apart
 from ._boundary import Adapter, Boundary
-from ._conform import Expected, Signature
 from ._cotangents import Cotangents, Order
 from ._errors import ArgumentError
-from ._inputs import Input, Inputs
+from ._highway import check_highways
+from ._inputs import Inputs
 from ._paths import leaves_with_paths, show
+from ._pullback import Pullback, Spec, merge, pick, zero_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +98,27 @@ class Session:
         session.fn, session._handle_functions, session.functions = fn, handle, rule
         return session
 
+    def at(self, inputs: Inputs, variables: Sequence[Any]) -> Session:
+        """Gives this session with other inputs and variables."""
+        session = copy.copy(self)
+        session.inputs = inputs
+        types = tuple(map(ArrayType.of, variables))
+        session.signature = dataclasses.replace(
+            self.signature, variables_types=types, inputs=tuple(inputs.differentiable), keywords=inputs.keywords
+        )
+        return session
+
+    def as_cotangents(self, result: Any, author: str) -> Cotangents:
+        """Checks what a rule returned, and gives it with zeros for `None`."""
+        inputs, keywords, variables = self.signature.expected().conform(result, "inputs_first", author)
+        arrays: dict[int, Any] = {index: None for part in self.inputs.keywords.values() for index in part.indices}
+        answered = zip(self.inputs.differentiable, inputs, strict=True)
+        for part, flat in [*answered, *((self.inputs.keywords[name], flat) for name, flat in keywords.items())]:
+            arrays |= zip(part.indices, map(_or_zero, flat, part.types), strict=True)
+        bars = list(map(_or_zero, variables, self.variables_types))
+        bar = self.signature.build(bars, [arrays[index] for index in range(len(arrays))], "inputs_first")
+        return bar.replace(fields=result.fields if isinstance(result, Cotangents) else {})
+
     def release(self) -> None:
         """Lets go of the call's arrays: late runs get theirs as arguments, and JAX keeps what they run on."""
         self.variables = self.context = []
@@ -120,6 +139,7 @@ class Session:
             user_mdl, held = self._handle.split(mdl, self._handle_functions)
             args, kwargs = self.inputs.rebuild(arrays, held)
             result = fn(user_mdl, *args, **kwargs)
+            check_highways((args, kwargs), result[0] if unpack and isinstance(result, tuple) and result else result)
             return unpack(result) if unpack else (*take_apart(result), None)
 
         (out, layout, extra), updates = self.boundary.call(
@@ -154,6 +174,10 @@ class Session:
         return Outcome(arrays_out, traced.layout, updates, traced.updates_layout), pullback
 
 
+def _or_zero(bar: Any, type_: ArrayType) -> Any:
+    return zero_of(type_) if bar is None and type_.is_inexact else bar
+
+
 def _refuse_refs(author: str, arrays: Sequence[Any], layout: Layout) -> None:
     if not any(map(is_ref, arrays)):
         return
@@ -165,113 +189,6 @@ def _refuse_refs(author: str, arrays: Sequence[Any], layout: Layout) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """The static shape of a call's cotangents; hashable, so it can stand in the treedef of a pullback."""
-
-    variables_def: Any
-    variables_types: tuple[ArrayType, ...]
-    inputs: tuple[Input, ...]
-    keywords: Any  # a dict of `Input`; frozen dataclasses compare by value
-    with_variables: bool = True  # no cotangent of theirs is expected where there is no module
-
-    def __hash__(self) -> int:
-        return hash((self.variables_def, self.variables_types, len(self.inputs), tuple(sorted(self.keywords))))
-
-    def build(self, variables: Sequence[Any], arrays: Sequence[Any], order: Order) -> Cotangents:
-        """Puts flat cotangents into the trees of the variables and the inputs."""
-        return Cotangents(
-            tuple(part.cotangent(arrays) for part in self.inputs),
-            jax.tree.unflatten(self.variables_def, variables),
-            keywords={name: part.cotangent(arrays) for name, part in self.keywords.items()},
-            order=order,
-        )
-
-    def expected(self) -> Signature:
-        """The same, in the form that checks what a rule returned."""
-        layout = Layout(self.variables_def, (None,) * len(self.variables_types))
-        return Signature(
-            [part.expected() for part in self.inputs],
-            {name: part.expected() for name, part in self.keywords.items()},
-            Expected("`variables`", layout, self.variables_types) if self.with_variables else None,
-        )
-
-
-@jax.tree_util.register_pytree_node_class
-class Pullback:
-    """The linear map from the cotangent of a module call's output to those of its inputs and variables.
-
-    It is a pytree of the arrays that the forward pass kept, so it may be a residual, and it may be
-    called any number of times.
-    """
-
-    def __init__(
-        self,
-        pull: Any,
-        spec: Spec,
-        inexact: tuple[bool, ...],
-        layout: Layout,
-        types: tuple[ArrayType, ...],
-        order: Order,
-    ):
-        self._pull = pull
-        self._static = (spec, inexact, layout, types, order)
-
-    def __call__(self, y_bar: Any) -> Cotangents:
-        """Pulls `y_bar` back.
-
-        Args:
-            y_bar: shaped like the call's output; `None`, whole or in part, stands for zero.
-
-        Returns:
-            The cotangents of the inputs, in the order of the call, and of the variables. Inputs
-            and leaves without a gradient (integers, keys, objects) get `None`.
-
-        Raises:
-            CotangentError: `y_bar` does not have the structure or shapes of the output.
-        """
-        spec, inexact, layout, types, order = self._static
-        flat = Expected("the output", layout, types).conform(y_bar, "The argument of this pullback")
-        seeds = [
-            zero_of(type_) if bar is None else bar for bar, type_ in zip(flat, types, strict=True) if type_.is_inexact
-        ]
-        variables, chosen = self._pull(seeds)
-        rest = iter(chosen)
-        return spec.build(variables, [next(rest) if able else None for able in inexact], order)
-
-    def tree_flatten(self) -> tuple[tuple[Any], Any]:
-        """Gives the residuals as the child, all else as static data."""
-        return (self._pull,), self._static
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, children: tuple[Any]) -> Pullback:
-        """Rebuilds the pullback around other residuals."""
-        return cls(children[0], *static)
-
-
-def pick(mask: Sequence[bool], values: Sequence[Any]) -> list[Any]:
-    """Lists the values whose mask is set."""
-    return [value for chosen, value in zip(mask, values, strict=True) if chosen]
-
-
-def merge(mask: Sequence[bool], chosen: Sequence[Any], others: Sequence[Any], *, compact: bool = False) -> list[Any]:
-    """Puts `chosen` where the mask is set, and `others` elsewhere.
-
-    `others` is as long as the mask, or, if `compact`, has just the entries that are used.
-    """
-    first = iter(chosen)
-    second = iter(others if compact else pick([not able for able in mask], others))
-    return [next(first) if able else next(second) for able in mask]
-
-
 def without_refs(arrays: Sequence[Any]) -> list[Any]:
     """Puts `None` for mutable arrays: JAX lets none out of a forward pass."""
     return [None if is_ref(array) else array for array in arrays]
-
-
-def zero_of(like: Any) -> Any:
-    """Makes the zero cotangent of an array, its `ArrayType` or a symbolic zero, sharded and varying as that is."""
-    if like.dtype == jax.dtypes.float0 or not jnp.issubdtype(like.dtype, jnp.inexact):
-        return np.zeros(like.shape, jax.dtypes.float0)
-    aval = like.aval if hasattr(like, "aval") else jax.typeof(like)
-    return zeros_like_aval(aval.strip_weak_type())

@@ -11,6 +11,7 @@ own arguments, and only if something there is differentiated.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,13 +22,14 @@ import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from ._arrays import Layout, as_array, is_inexact, is_ref
-from ._behaviour import Behaviour, Perturbed
+from ._behaviour import Behaviour, Perturbed, Primals
 from ._closed_modules import guards_of_modules
 from ._closures import Closures, name_of
 from ._errors import ArgumentError
 from ._inputs import Handle, Inputs
 from ._own_derivative import Bars, own_pullback, place
-from ._session import Outcome, Session, without_refs, zero_of
+from ._pullback import zero_of
+from ._session import Outcome, Session, without_refs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ def call_inside(
     session: Session, behaviour: Behaviour, handle_functions: Sequence[Any], optimize_remat: bool
 ) -> tuple[Any, Any]:
     """Makes the call where the boundary is open; returns the output and the updates."""
+    behaviour.check(session)
     functions = _Functions(session, behaviour, handle_functions)
     call = _OneCall(session, behaviour, functions, optimize_remat)
     closed = functions.closures.take()
@@ -140,8 +143,9 @@ class _OneCall:
         call = jax.custom_vjp(self._primal)
         # Symbolic zeros say what is differentiated at all, which decides what has to be kept. In the
         # coming implementation of custom_vjp they fail under remat, and with `optimize_remat` JAX has
-        # none; then all counts as differentiated.
-        lacking = self._optimize_remat or getattr(jax.config, "jax_custom_vjp3", False)
+        # none; and with them a mutable array that the rule writes is no residual inside of a loop, since JAX
+        # does not see that it is an argument. Then all counts as differentiated.
+        lacking = self._optimize_remat or getattr(jax.config, "jax_custom_vjp3", False) or any(map(is_ref, groups[0]))
         call.defvjp(self._forward, self._backward, symbolic_zeros=not lacking, optimize_remat=self._optimize_remat)
         self._ends = list(itertools.accumulate(map(len, groups)))
         # One argument an array: under remat, the coming implementation takes no trees.
@@ -152,9 +156,9 @@ class _OneCall:
         return [list(flat[start:end]) for start, end in itertools.pairwise([0, *self._ends])]
 
     def _primal(self, *flat: Any) -> tuple[list[Any], list[Any]]:
-        _, closed, variables, context, arrays = map(_values, self._grouped(flat))
+        own, closed, *others = map(_values, self._grouped(flat))
         session = self._functions.around(self._session, closed)
-        return self._record(session.run(session.fn, variables, context, arrays))
+        return self._record(self._behaviour.run(session, Primals(own, *others)))
 
     def _record(self, outcome: Outcome) -> tuple[list[Any], list[Any]]:
         """Keeps the static half of a run's results, and checks that all runs agree."""
@@ -168,24 +172,26 @@ class _OneCall:
     def _forward(self, *flat: Any) -> tuple[tuple[list[Any], list[Any]], _Kept]:
         groups = self._grouped(flat)
         own, closed, variables, context, arrays = map(_values, groups)
-        perturbed = Perturbed(*(tuple(map(_perturbed, group)) for group in groups[2:]))
+        perturbed = Perturbed(*(tuple(map(_perturbed, group)) for group in (groups[0], *groups[2:])))
         session = self._functions.around(self._session, closed)
-        outcome, residuals = self._behaviour.forward(session, own, variables, context, arrays, perturbed)
+        primals = Primals(own, variables, context, arrays)
+        outcome, residuals = self._behaviour.forward(session, primals, perturbed)
         results = self._record(outcome)
         keywords = [index for part in session.inputs.keywords.values() for index in part.indices]
         unspoken = any(perturbed.context) or any(perturbed.arrays[index] for index in keywords)
         needed = unspoken or any(map(is_inexact, outcome.updates))
         facts = _Facts(outcome.layout, perturbed)
-        primals = (variables, without_refs(context), without_refs(arrays)) if needed else ()
-        return results, _Kept(residuals, self._functions.closures.kept_for_backward(closed), primals, facts)
+        kept = tuple(map(without_refs, (own, variables, context, arrays))) if needed else ()
+        return results, _Kept(residuals, self._functions.closures.kept_for_backward(closed), kept, facts)
 
     def _backward(self, kept: _Kept, results_bar: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
         y_bars, updates_bars = results_bar
-        bars = Bars.zero(*(end - start for start, end in itertools.pairwise(self._ends[1:])))
+        own, closed, *others = (end - start for start, end in itertools.pairwise([0, *self._ends]))
+        bars = Bars.zero(own, *others)
         session = self._functions.around(self._session, kept.closed)
         spoken = self._add_rule(session, bars, kept, y_bars, updates_bars)
         self._add_rest(session, bars, kept, y_bars, updates_bars, spoken)
-        return (*[None] * self._ends[1], *bars.variables, *bars.context, *bars.arrays)
+        return (*bars.own, *[None] * closed, *bars.variables, *bars.context, *bars.arrays)
 
     def _add_rule(
         self, session: Session, bars: Bars, kept: _Kept, y_bars: list[Any], updates_bars: list[Any]
@@ -200,10 +206,11 @@ class _OneCall:
         updates_bar = self.updates_layout.fill_arrays_only(map(_materialized, updates_bars)) if asked else None
         with session.boundary.closed():
             answer = self._behaviour.backward(session, kept.residuals, y_bar, updates_bar)
-        by_position, by_keyword, bars.variables = answer
-        for part, flat in zip(inputs.differentiable, by_position, strict=True):
+        bars.variables = answer.variables
+        bars.own = bars.own if answer.own is None else answer.own
+        for part, flat in zip(inputs.differentiable, answer.inputs, strict=True):
             place(bars.arrays, part.indices, flat)
-        for name, flat in by_keyword.items():
+        for name, flat in answer.keywords.items():
             place(bars.arrays, inputs.keywords[name].indices, flat)
             spoken |= set(inputs.keywords[name].indices)
         return spoken
@@ -224,8 +231,9 @@ class _OneCall:
         updates_unspoken = updates_flow and not self._behaviour.asks_updates
         if not (unspoken or updates_unspoken or any(perturbed.context)):
             return
-        variables, context, arrays = map(_values, kept.primals)
-        pullback = own_pullback(session, (variables, context, arrays), perturbed.context)
+        primals = Primals(*map(_values, kept.primals))
+        run = functools.partial(self._behaviour.run, session)
+        pullback = own_pullback(run, primals, perturbed.context, session.ref_type)
         sources = []
         if unspoken or any(perturbed.context):
             sources.append(pullback([*map(_materialized, y_bars)], None))

@@ -10,7 +10,8 @@ from jaxtyping import PyTree
 
 from ._cotangents import Order, check_order
 from ._inputs import Handle, Inputs
-from ._session import Pullback, Session
+from ._pullback import Pullback
+from ._session import Session
 
 
 def vjp(

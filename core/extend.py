@@ -4,6 +4,8 @@ from ._arrays import Static as Static
 from ._arrays import is_inexact as is_inexact
 from ._boundary import Body as Body
 from ._boundary import run_and_publish as run_and_publish
+from ._channel_variables import flat_name as flat_name
+from ._channel_variables import held_channel as held_channel
 from ._partition import Partition as Partition
 from ._paths import Path as Path
 from ._select import Predicate as Predicate

@@ -52,7 +52,7 @@ WRONG: Any = (jnp.ones(2), None, "flax")
     [
         (lambda: Cotangents(*WRONG[:2]), r"`inputs` must be a tuple.*Write \(x_bar,\) for a single input"),
         (lambda: Cotangents((), None, order=WRONG[2]), "`order` must be"),
-        (lambda: Cotangents((), None).replace(params=1), "takes `inputs`, `variables` and `keywords`, but got params"),
+        (lambda: Cotangents((), None).replace(params=1), "takes `inputs`, `variables`, `keywords` and `fields`, but got params"),
     ],
     ids=["inputs", "order", "replace"],
 )

@@ -1,0 +1,1 @@
+"""The catalogue: published backward rules, one family a file."""
