@@ -17,7 +17,7 @@ from ._rule import Rule
 _INNER = "the fields of rules inside"
 
 
-def compose(*rules: Rule) -> Rule:
+def compose(*rules: Rule) -> Composed:
     """Puts rules around each other: the first sees the second's pullback as the module's own, and so on.
 
     The cotangent that flows in goes through the first rule first, and the gradient comes out of it last:

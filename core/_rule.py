@@ -191,7 +191,9 @@ class Rule(abc.ABC):
 
 
 @overload
-def rule(backward: Callable[..., Any]) -> Rule: ...
+def rule(
+    backward: Callable[..., Any], *, linear: bool = True, exact: bool = False, symbolic_zeros: bool = True
+) -> Rule: ...
 @overload
 def rule(
     *, linear: bool = True, exact: bool = False, symbolic_zeros: bool = True
