@@ -11,7 +11,7 @@ import jax
 
 from crossvjp import HandleError
 from crossvjp.adapters.pytree import ValueBoundary
-from crossvjp.extend import Body, Predicate, predicate, unknown_choice
+from crossvjp.extend import Body, Predicate, held_channel, predicate, unknown_choice
 
 
 @jax.tree_util.register_dataclass
@@ -69,6 +69,9 @@ class TransformedAdapter:
 
     def initializing(self, mdl: Any) -> bool:
         return False
+
+    def channel(self, mdl: Any, name: str, initial: Any) -> Any:
+        return held_channel(mdl, name)
 
     def lift(self, mdl: Any, grad_vars: Any, body: Body) -> Any:
         for part in jax.tree.leaves(mdl, is_leaf=self.matches):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 from jaxtyping import PyTree
 
@@ -11,9 +11,29 @@ from ._cotangents import Cotangents
 from ._errors import ArgumentError
 from ._per_example import masked_examples, per_example
 from ._residuals import Residuals
-from ._site import Site
+from ._session import Outcome
 
-Part = Callable[[], Any]
+Part: TypeAlias = Callable[[], Any]
+
+
+class Runs(Protocol):
+    """The function that a rule is put on, as a `Site` or as the rules inside of a composed one run it."""
+
+    def run(self, variables: Any, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+        """Gives the output."""
+        ...
+
+    def linearize(
+        self, variables: Any, inputs: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> tuple[Any, Callable[[Any], Cotangents], Outcome]:
+        """Gives the output, the pullback, and all that the run gave."""
+        ...
+
+    def conform_at(
+        self, variables: Any, inputs: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> Callable[[Any, str], Cotangents]:
+        """Gives the check of a rule's answer."""
+        ...
 
 
 class Call:
@@ -23,7 +43,7 @@ class Call:
     runs start from the same state and keys, so dropout masks are those of the call itself.
     """
 
-    def __init__(self, site: Site | Any, parts: Mapping[str, Part]):
+    def __init__(self, site: Runs, parts: Mapping[str, Part]):
         self.site = site
         self.parts = parts
 
@@ -154,7 +174,7 @@ class Call:
         """
         if not independent:
             return masked_examples(self.pullback, y_bar)
-        return per_example(self.site, self.variables, self.inputs, self.keywords, y_bar)
+        return per_example(self.site.linearize, self.variables, self.inputs, self.keywords, y_bar)
 
     def as_cotangents(self, result: Any, author: str) -> Cotangents:
         """Checks what a rule returned for this call, and names its parts; zeros stand for `None`.

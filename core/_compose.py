@@ -181,6 +181,12 @@ class _Below:
         """Runs the function under the rules inside."""
         return _Chain(self._rules, self._call.at(variables, *inputs, **keywords)).forward(0)
 
+    def conform_at(
+        self, variables: Any, inputs: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> Callable[[Any, str], Cotangents]:
+        """Gives the check of a rule's answer there."""
+        return self._call.site.conform_at(variables, inputs, keywords)
+
     def linearize(
         self, variables: Any, inputs: Sequence[Any], keywords: Mapping[str, Any]
     ) -> tuple[Any, Callable[[Any], Cotangents], Any]:

@@ -37,9 +37,10 @@ def _places(the_rule: Rule) -> Iterator[tuple[Rule, str, Any]]:
 
 def _rebuilt(the_rule: Rule, functions: Iterator[Any]) -> Rule:
     new = copy.copy(the_rule)
-    for name, _, inner in _fields(the_rule):
-        value = tuple(_rebuilt(part, functions) for part in inner) if inner else next(functions)
-        object.__setattr__(new, name, value)
+    for name, value, inner in _fields(the_rule):
+        rebuilt = tuple(_rebuilt(part, functions) for part in inner)
+        changed = rebuilt[0] if inner and value is inner[0] else rebuilt if inner else next(functions)
+        object.__setattr__(new, name, changed)
     return new
 
 
@@ -49,5 +50,7 @@ def _fields(the_rule: Rule) -> Iterator[tuple[str, Any, tuple[Rule, ...]]]:
         value = getattr(the_rule, field.name)
         if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
             yield field.name, value, ()
+        elif hasattr(value, "own_backward"):
+            yield field.name, value, (value,)
         elif isinstance(value, tuple) and value and all(hasattr(part, "own_backward") for part in value):
             yield field.name, value, value

@@ -12,11 +12,10 @@ from ._arrays import ArrayType, is_inexact, take_apart
 from ._cotangents import Cotangents
 from ._errors import ArgumentError
 from ._paths import leaves_with_paths, show
-from ._site import Site
 
 
 def per_example(
-    site: Site, variables: Any, inputs: Sequence[Any], keywords: Mapping[str, Any], y_bar: Any
+    linearize: Callable[..., Any], variables: Any, inputs: Sequence[Any], keywords: Mapping[str, Any], y_bar: Any
 ) -> Cotangents:
     """Runs each example as a batch of one, and pulls its cotangent back."""
     size = _batch_size(y_bar, inputs, keywords)
@@ -26,7 +25,7 @@ def per_example(
     def one(chosen: list[Any], bar: Any) -> Cotangents:
         alone = [array[None] if able else array for array, able in zip(chosen, batched, strict=True)]
         args, kwargs = layout.fill(alone)
-        _, pullback, outcome = site.linearize(variables, args, kwargs)
+        _, pullback, outcome = linearize(variables, args, kwargs)
         if outcome.updates:
             raise ArgumentError(
                 "The module writes state in the call (batch statistics, or counters of random keys), so its examples "

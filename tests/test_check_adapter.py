@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import crossvjp as cv
-from crossvjp.extend import Partition, predicate, run_and_publish, unknown_choice
+from crossvjp.extend import Partition, held_channel, predicate, run_and_publish, unknown_choice
 from crossvjp.testing import ADAPTER_CHECKS, CheckError, Subject, check_adapter
 
 
@@ -115,6 +115,9 @@ class LayerAdapter:
 
     def initializing(self, mdl: Any) -> bool:
         return False
+
+    def channel(self, mdl: Any, name: str, initial: Any) -> Any:
+        return held_channel(mdl, name)
 
     def lift(self, mdl: Any, grad_vars: Any, body: Any) -> Any:
         return run_and_publish(self._boundary(mdl, grad_vars), body)

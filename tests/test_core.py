@@ -52,7 +52,7 @@ WRONG: Any = (jnp.ones(2), None, "flax")
     [
         (lambda: Cotangents(*WRONG[:2]), r"`inputs` must be a tuple.*Write \(x_bar,\) for a single input"),
         (lambda: Cotangents((), None, order=WRONG[2]), "`order` must be"),
-        (lambda: Cotangents((), None).replace(params=1), "takes `inputs`, `variables`, `keywords` and `fields`, but got params"),
+        (lambda: Cotangents((), None).replace(params=1), "`keywords` and `fields`, but got params"),
     ],
     ids=["inputs", "order", "replace"],
 )
@@ -174,6 +174,9 @@ class BoxAdapter:
 
     def initializing(self, mdl):
         return False
+
+    def channel(self, mdl, name, initial):
+        return getattr(mdl, name)
 
     def lift(self, mdl, grad_vars, body):
         out, updates = body(BoxBoundary(mdl))

@@ -304,6 +304,9 @@ class Silent:
     def initializing(self, mdl: Any) -> bool:
         return False
 
+    def channel(self, mdl: Any, name: str, initial: Any) -> Any:
+        return getattr(mdl, name)
+
     def lift(self, mdl: Any, grad_vars: Any, body: Any) -> Any:
         raise AssertionError
 
