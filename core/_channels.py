@@ -7,6 +7,7 @@ channel carries a count beside its value, from which `settle` tells what was mea
 from __future__ import annotations
 
 import abc
+import functools
 from typing import Any, Self
 
 import jax
@@ -63,8 +64,7 @@ class Channel(abc.ABC):
         Raises:
             ArgumentError: `value` has another structure or another shape.
         """
-        given = _conform(self.value, value)
-        count = one_like(given, self.count)
+        given, count = alike(_conform(self.value, value), self.count)
         if not any(map(is_ref, jax.tree.leaves(self))):
             return self._of(jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), given, self.value), count)
         self._write(given)
@@ -246,8 +246,12 @@ def _conform(expected: Any, value: Any) -> Any:
     return jax.tree.map(jnp.asarray, value)
 
 
-def one_like(value: Any, count: Any) -> Any:
-    """Makes the count of one, batched as the value is, since JAX does not sum over lanes what is the same in all."""
-    first = jax.tree.leaves(value)[0]
-    some = jnp.ravel(first)[:1].sum()
-    return jnp.full(jnp.shape(count), ((some == some) | True).astype(jnp.float32))
+def alike(value: Any, count: Any) -> tuple[Any, Any]:
+    """Gives the value with all of its leaves batched alike, and the count of one batched as they are.
+
+    JAX sums a cotangent over lanes where it is batched, and counts it once where it is the same in all.
+    """
+    some = [jnp.ravel(leaf)[:1].sum() for leaf in jax.tree.leaves(value)]
+    true = functools.reduce(jnp.logical_or, [leaf == leaf for leaf in some], jnp.array(True)) | True
+    chosen = jax.tree.map(lambda leaf: jnp.where(true, leaf, leaf), value)
+    return chosen, jnp.full(jnp.shape(count), true.astype(jnp.float32))

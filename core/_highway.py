@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._arrays import ArrayType, is_inexact
-from ._channels import one_like
+from ._channels import alike
 from ._errors import ArgumentError
 from ._paths import leaves_with_paths, show
 
@@ -48,7 +48,7 @@ class Highway:
                 raise ArgumentError(f"A highway carries floating arrays, but `like` has {came} at {show(path)}.")
         # A choice between the two, and not plain zeros: batched where `like` is, so that lanes stay apart.
         self.value = jax.tree.map(lambda leaf: jnp.where(jnp.array(True), jnp.zeros_like(leaf), leaf), like)
-        self.count = 0.0 * one_like(like, jnp.zeros(()))
+        self.count = 0.0 * alike(like, jnp.zeros(()))[1]
 
     @classmethod
     def _of(cls, value: Any, count: Any) -> Highway:
@@ -75,7 +75,7 @@ class Highway:
         ]:
             raise ArgumentError(f"This highway carries {_shown(self.value)}, but got {_shown(value)}.")
         cast = jax.tree.map(lambda leaf, old: jnp.asarray(leaf).astype(old.dtype), value, self.value)
-        return self._of(cast, one_like(cast, self.count))
+        return self._of(*alike(cast, self.count))
 
     def depart(self, y: PyTree, *, primal: bool = False) -> PyTree:
         """Ends the chain: gives `y` as it is, and sends its cotangent down the highway.

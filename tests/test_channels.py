@@ -99,6 +99,22 @@ def test_a_channel_carries_a_tree():
     np.testing.assert_allclose(bar.value["w_bar"], 3 * X)
 
 
+def test_the_parts_of_a_channel_count_alike_where_only_some_differ_between_lanes():
+    class Sends(cv.Rule):
+        state: cv.Overwrite
+
+        def backward(self, call, y_bar):
+            sent = {"a": y_bar, "b": self.state.value["b"] + 1, "c": y_bar}
+            return call.pullback(y_bar).with_fields(state=self.state.emit(sent))
+
+    def loss(rule):
+        return jnp.sum(jax.vmap(rule(jnp.sin))(jnp.arange(4.0)) * jnp.arange(1.0, 5.0))
+
+    rule = Sends(cv.Overwrite({"a": 7.0, "b": 0.0, "c": 7.0}))
+    found = cv.settle(rule, jax.grad(loss)(rule))[0].state.value
+    assert {name: float(leaf) for name, leaf in found.items()} == {"a": 2.5, "b": 1.0, "c": 2.5}
+
+
 @pytest.mark.parametrize("around", [lambda run: run, jax.jit, jax.checkpoint], ids=["eager", "jit", "remat"])
 @pytest.mark.parametrize(("kind", "expected"), [(cv.Sum(), 6.0), (cv.Overwrite(9.0), 2.0)], ids=["sum", "overwrite"])
 def test_a_mutable_channel_is_written_without_being_differentiated(kind, expected, around):

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+import crossvjp
+
 TEXT = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 FIRST, *OTHERS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
@@ -37,6 +39,21 @@ def test_a_block_runs_behind_the_first_and_signs_the_parameters_gradient(block):
         message = str(namespace["failure"])
         assert "plain mlp: homogeneous in y_bar: failed" in message
         assert "say linear=False" in message
+        return
+    if "RoundToStep" in namespace:
+        x = namespace["x"]
+        np.testing.assert_allclose(namespace["step_bar"], sum(np.round(x / 0.3) - x / 0.3), rtol=1e-5)
+        return
+    if "Probed" in namespace:
+        (norm,) = crossvjp.channels(namespace["variables"]).values()
+        y = namespace["Probed"]().apply(namespace["variables"], namespace["x"])
+        np.testing.assert_allclose(norm.value, 2 * np.linalg.norm(y), rtol=1e-5)
+        return
+    if "four_bits" in namespace:
+        linear, x = namespace["linear"], namespace["x"]
+        weight = 0.1 * np.round(np.clip(np.asarray(linear.weight) / 0.1, -8, 7))
+        np.testing.assert_allclose(namespace["four_bits"](np.float32(0.1)), weight @ x + linear.bias, rtol=1e-5)
+        assert float(namespace["step_bar"]) != 0
         return
     leaves = jax.tree.leaves(namespace["grads"])
     assert leaves

@@ -79,6 +79,19 @@ def test_residuals_reach_the_backward_pass_lane_by_lane_under_vmap_and_step_by_s
     np.testing.assert_allclose(scanned, expected, rtol=1e-6)
 
 
+def test_a_forward_pass_may_run_the_module_on_parts_of_its_inputs():
+    class ByRows(cv.Rule):
+        def forward(self, call):
+            return jnp.concatenate([call(call.variables, x[None]) for x in call.inputs[0]])
+
+        def backward(self, call, y_bar):
+            return call.pullback(y_bar)
+
+    y, pullback = jax.vjp(lambda p: ByRows().lift(dense)(p, X), P)
+    np.testing.assert_allclose(y, dense(P, X), rtol=1e-6)
+    np.testing.assert_allclose(pullback(jnp.ones((2, 2)))[0]["b"], 2 * jnp.ones(2), rtol=1e-6)
+
+
 def test_an_output_of_another_shape_is_an_error_that_names_both():
     class Wrong(cv.Rule):
         def forward(self, call):

@@ -1,1 +1,75 @@
-"""The catalogue: published backward rules, one family a file."""
+"""The catalogue: published backward rules, one family a file.
+
+Each is a `crossvjp.Rule` named as its paper names it, with the formula, the units and the source in its docstring.
+"""
+
+from ._attention import BlockwiseAttention as BlockwiseAttention
+from ._attribution import DeconvNet as DeconvNet
+from ._attribution import GuidedBackprop as GuidedBackprop
+from ._attribution import LRPEpsilon as LRPEpsilon
+from ._clipping import AdaptiveGradientClipping as AdaptiveGradientClipping
+from ._clipping import Centralize as Centralize
+from ._clipping import ClipByNorm as ClipByNorm
+from ._clipping import ClipByValue as ClipByValue
+from ._clipping import ClipOutputNorm as ClipOutputNorm
+from ._communication import TopKErrorFeedback as TopKErrorFeedback
+from ._feedback import DirectFeedbackAlignment as DirectFeedbackAlignment
+from ._feedback import FeedbackAlignment as FeedbackAlignment
+from ._feedback import SignSymmetry as SignSymmetry
+from ._fp8 import DelayedScale as DelayedScale
+from ._fp8 import Fp8DelayedScaling as Fp8DelayedScaling
+from ._implicit import FixedPoint as FixedPoint
+from ._implicit import NeuralODEAdjoint as NeuralODEAdjoint
+from ._memory import ChunkedCrossEntropy as ChunkedCrossEntropy
+from ._memory import ColumnRowSampling as ColumnRowSampling
+from ._memory import Microbatch as Microbatch
+from ._memory import OptimizerInBackward as OptimizerInBackward
+from ._memory import Recompute as Recompute
+from ._noise import GradientNoise as GradientNoise
+from ._noise import KeepWithProbability as KeepWithProbability
+from ._noise import StochasticRounding as StochasticRounding
+from ._optax import Optax as Optax
+from ._packing import PackResiduals as PackResiduals
+from ._privacy import GhostClip as GhostClip
+from ._privacy import PerExampleClip as PerExampleClip
+from ._privacy import PerExampleNorm as PerExampleNorm
+from ._privacy import PerLayerClip as PerLayerClip
+from ._probes import FirstNaN as FirstNaN
+from ._probes import Histogram as Histogram
+from ._probes import KroneckerFactors as KroneckerFactors
+from ._probes import Probe as Probe
+from ._probes import max_abs as max_abs
+from ._projection import Muon as Muon
+from ._projection import PCGrad as PCGrad
+from ._projection import ProjectOrthogonal as ProjectOrthogonal
+from ._projection import RouteCotangents as RouteCotangents
+from ._quantisation import LSQ as LSQ
+from ._quantisation import PACT as PACT
+from ._quantisation import DoReFa as DoReFa
+from ._quantisation import OnKernels as OnKernels
+from ._reversible import ReversibleBlock as ReversibleBlock
+from ._reversible import ReversibleStack as ReversibleStack
+from ._sampling import ReinMax as ReinMax
+from ._sampling import ScoreFunction as ScoreFunction
+from ._sampling import ShakeShake as ShakeShake
+from ._sampling import StraightThroughGumbelSoftmax as StraightThroughGumbelSoftmax
+from ._scaling import CastCotangents as CastCotangents
+from ._scaling import Freeze as Freeze
+from ._scaling import GradientReversal as GradientReversal
+from ._scaling import LossScaling as LossScaling
+from ._scaling import ScaleGradient as ScaleGradient
+from ._scaling import SignGradient as SignGradient
+from ._scaling import ZeroNonFinite as ZeroNonFinite
+from ._scaling import reversal_strength as reversal_strength
+from ._solvers import BlackBoxSolver as BlackBoxSolver
+from ._spikes import ArcTan as ArcTan
+from ._spikes import SigmoidDerivative as SigmoidDerivative
+from ._spikes import SuperSpike as SuperSpike
+from ._spikes import Triangle as Triangle
+from ._straight_through import AbstractSurrogate as AbstractSurrogate
+from ._straight_through import HardSigmoidSTE as HardSigmoidSTE
+from ._straight_through import RoundSTE as RoundSTE
+from ._straight_through import SignSTE as SignSTE
+from ._straight_through import XNORWeights as XNORWeights
+from ._vector_quantisation import RotationTrick as RotationTrick
+from ._vector_quantisation import VQStraightThrough as VQStraightThrough

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ._linearized import Linearized, close, require
@@ -28,8 +29,11 @@ def _same_everywhere(subjects: Sequence[Subject], use: Callable[..., Any]) -> No
 
 
 def _common(subject: Subject, use: Callable[..., Any]) -> Any:
-    """Gives the output, and the cotangents of the variables, in the common layout, and of the inputs."""
-    linearized = Linearized(subject, use)
+    """Gives the output, and the cotangents of the variables, in the common layout, and of the inputs.
+
+    Under grad(jit), where everything runs after the framework's own frame is gone.
+    """
+    linearized = Linearized(subject, use, around=jax.jit)
     bars = linearized([jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape) for leaf in linearized.out])
     _, fill = inexact_and_others(subject.variables)
     assert subject.common is not None  # only such subjects are compared
