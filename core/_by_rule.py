@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
-from ._arrays import ArrayType, Layout, is_inexact, take_apart
+from ._arrays import ArrayType, Layout, take_apart
 from ._behaviour import Answer, Perturbed, Primals, run_alone
 from ._call import Call, Part
 from ._closures import name_of
@@ -61,7 +61,7 @@ class ByRule:
         if not self._replaces:
             return run_alone(session, primals)
         groups = (primals.own, primals.variables, primals.context, primals.arrays)
-        return self._replaced(session, primals, Perturbed(*(tuple(map(is_inexact, group)) for group in groups)))[0]
+        return self._replaced(session, primals, Perturbed(*(tuple(False for _ in group) for group in groups)))[0]
 
     def forward(self, session: Session, primals: Primals, perturbed: Perturbed) -> tuple[Outcome, Kept]:
         outcome, extra, pullback, failure = self._first_run(session, primals, perturbed)

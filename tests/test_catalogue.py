@@ -33,9 +33,9 @@ def test_a_rule_is_the_same_in_every_framework(case):
 
 
 def by_containers(call, y_bar):
-    """Takes the variables of other frameworks than plain JAX for something else."""
+    """Takes what is no `Partial`, as in plain JAX, for something else."""
     bar = call.pullback(y_bar)
-    is_plain = jax.tree.structure(call.variables) == jax.tree.structure({"w": 0, "b": 0})
+    is_plain = isinstance(call.variables, jax.tree_util.Partial)
     return bar if is_plain else bar.replace(variables=jax.tree.map(jnp.negative, bar.variables))
 
 

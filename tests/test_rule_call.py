@@ -158,6 +158,23 @@ def test_a_rule_sees_which_of_its_fields_are_differentiated():
     assert seen[-1] == expected if not getattr(jax.config, "jax_custom_vjp3", False) else all(seen[-1].values())
 
 
+def test_nothing_is_differentiated_where_no_gradient_is_asked_for():
+    seen = []
+
+    class Looks(cv.Rule):
+        def forward(self, call):
+            seen.append(any(jax.tree.leaves(call.perturbed)))
+            return call(call.variables, *call.inputs)
+
+        def backward(self, call, y_bar):
+            return call.pullback(y_bar)
+
+    Looks().lift(dense)(P, X)
+    assert seen == [False]
+    jax.grad(lambda p: jnp.sum(Looks().lift(dense)(p, X)))(P)
+    assert seen[-1]
+
+
 def test_a_rule_is_put_on_a_function_of_inputs():
     half = cv.rule(lambda call, y_bar: call.pullback(y_bar / 2))
     np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(half(jnp.sin)(x)))(X), jnp.cos(X) / 2, rtol=1e-6)
