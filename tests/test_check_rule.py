@@ -23,6 +23,7 @@ from crossvjp.testing import (
     built_in_subjects,
     check_rule,
     identity,
+    under_rule,
 )
 
 SUBJECTS = {subject.name: subject for subject in built_in_subjects("plain", "linen", "haiku")}
@@ -36,6 +37,7 @@ MISSING = "no cotangent is missing"
 DTYPES = "dtypes are those of the primals"
 STATE = "the state's cotangents arrive"
 EXACT = "equal to autodiff"
+UNUSED = "an output may be unused"
 EVERYWHERE = "the same in every framework"
 UNDER = "the same under "
 
@@ -148,6 +150,7 @@ NOT_CLAIMED = {
     ADDITIVE: "the rule is said not to be linear",
     STATE: "the module writes no state that has a gradient",
     EXACT: "the rule does not claim to be the function's own derivative",
+    UNUSED: "a forward function belongs to one function",
     EVERYWHERE: "fewer than two subjects are comparable",
 }
 
@@ -158,7 +161,7 @@ def test_a_right_rule_passes_and_what_is_not_applicable_has_a_stated_reason(righ
     assert [result.name for result in of_subject.results] == [check.name for check in RULE_CHECKS]
     assert [result.name for result in of_all.results] == [EVERYWHERE]
     expected = {EVERYWHERE, STATE}
-    expected |= {FORWARD} if right.claims.get("replaces_forward") else set()
+    expected |= {FORWARD, UNUSED} if right.the_rule is straight_through else set()
     expected |= {HOMOGENEOUS, ADDITIVE} if right.the_rule is sign_gradient else set()
     expected |= {EXACT} if not right.claims.get("exact") else set()
     came = {result.name: result.message for result in (*of_subject["not applicable"], *of_all["not applicable"])}
@@ -229,6 +232,30 @@ def signs_and_keeps_the_norm(call, y_bar):
     """Homogeneous: twice the cotangent gives twice the norm."""
     bar = call.pullback(y_bar)
     return bar.replace(variables=jax.tree.map(lambda g: norm(bar.variables) * jnp.sign(g), bar.variables))
+
+
+@cv.rule(linear=False, symbolic_zeros=False)
+def normalizes_each_output(call, y_bar):
+    return call.pullback(jax.tree.map(lambda bar: bar / norm(bar), y_bar))
+
+
+@cv.rule
+def counts_the_outputs(call, y_bar):
+    """Linear, but an output that is not used is none."""
+    count = len(jax.tree.leaves(y_bar))
+    return jax.tree.map(lambda g: count * g, call.pullback(y_bar))
+
+
+class RoundsTheOutput(cv.Rule):
+    """Replaces the forward pass, and says that it computes the same in another way."""
+
+    exact = True
+
+    def forward(self, call):
+        return jnp.round(call(call.variables, *call.inputs))
+
+    def backward(self, call, y_bar):
+        return call.pullback(y_bar)
 
 
 @cv.rule
@@ -331,6 +358,9 @@ WRONG = (
     Wrong("NaN at zero", normalizes, (FINITE,), "does the rule divide by a norm?", claims={"linear": False}),
     Wrong("clips", clip_by_norm(0.5), (HOMOGENEOUS, ADDITIVE), "say linear=False"),
     Wrong("homogeneous alone", signs_and_keeps_the_norm, (ADDITIVE,), "it is not additive; else say linear=False"),
+    Wrong("NaN at an unused output", normalizes_each_output, (UNUSED,), "by a norm of its cotangent?"),
+    Wrong("counts the outputs", counts_the_outputs, (UNUSED,), "gives another gradient than zeros"),
+    Wrong("another forward pass", RoundsTheOutput(), (FORWARD,), "claims to be the function itself"),
     Wrong("not exact", Scale(), (EXACT,), "claims to be autodiff's gradient", claims={"exact": True}),
     Wrong(
         "not exact through the state",
@@ -358,11 +388,13 @@ WRONG = (
 
 def run(the_rule: Any, subject: Subject, *names: str, **claims: Any) -> Report:
     """Runs the checks of these names, on the claims of the rule and others."""
-    use = the_rule.lift(call) if isinstance(the_rule, cv.Rule) else cv.custom_vjp(call, *the_rule)
-    own = {name: getattr(the_rule, name) for name in ("linear", "exact") if isinstance(the_rule, cv.Rule)}
+    said = ("linear", "exact", "replaces_forward")
+    own = {name: getattr(the_rule, name) for name in said if isinstance(the_rule, cv.Rule)}
     checks = [check for check in RULE_CHECKS if check.name in names]
     assert len(checks) == len(names)
-    return Report(subject.name, tuple(check.attempt(subject, use, Claims(**own | claims)) for check in checks))
+    return Report(
+        subject.name, tuple(check.attempt(subject, under_rule(the_rule), Claims(**own | claims)) for check in checks)
+    )
 
 
 def passed(report: Report) -> set[str]:
@@ -443,18 +475,18 @@ def test_a_rule_that_raises_fails_every_check_that_runs_it_with_its_own_error():
         check_rule(raises, [MLP])
     of_subject, of_all = caught.value.reports
     outcomes = {result.name: result.outcome for result in of_subject.results}
-    assert {name for name, outcome in outcomes.items() if outcome != "failed"} == {FORWARD, STATE, EXACT}
+    assert {name for name, outcome in outcomes.items() if outcome != "failed"} == {FORWARD, STATE, EXACT, UNUSED}
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert [result.outcome for result in of_all.results] == ["not applicable"]
 
 
 def test_the_message_of_the_error_lists_every_failure_with_its_subject_and_its_check():
-    names = (HOMOGENEOUS, ADDITIVE, FINITE)
-    with pytest.raises(CheckError, match=r"^6 checks failed\.\n") as caught:
+    names = (HOMOGENEOUS, ADDITIVE, FINITE, UNUSED)
+    with pytest.raises(CheckError, match=r"^8 checks failed\.\n") as caught:
         check_rule(forgets_the_cotangent, [MLP, dataclasses.replace(MLP, name="another")])
     failed = [line.split(": failed: ")[0] for line in str(caught.value).splitlines() if ": failed: " in line]
     assert failed == [f"{subject}: {name}" for subject in ("plain mlp", "another") for name in names]
-    assert [len(report["failed"]) for report in caught.value.reports] == [3, 3, 0]
+    assert [len(report["failed"]) for report in caught.value.reports] == [4, 4, 0]
 
 
 @pytest.mark.parametrize("stops", [["inputs/0"], ["inputs/*"], ["*"]], ids=str)

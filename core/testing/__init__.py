@@ -2,6 +2,8 @@
 
 from ._adapter import ADAPTER_CHECKS as ADAPTER_CHECKS
 from ._adapter import check_adapter as check_adapter
+from ._claims import Claims as Claims
+from ._claims import under_rule as under_rule
 from ._compare import assert_close as assert_close
 from ._compare import assert_same_bits as assert_same_bits
 from ._compare import numbers as numbers
@@ -11,7 +13,6 @@ from ._report import CheckError as CheckError
 from ._report import Report as Report
 from ._report import Result as Result
 from ._rule import RULE_CHECKS as RULE_CHECKS
-from ._rule import Claims as Claims
 from ._rule import check_rule as check_rule
 from ._subject import Subject as Subject
 from ._subject import built_in_subjects as built_in_subjects
