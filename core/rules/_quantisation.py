@@ -26,7 +26,8 @@ class LSQ(Rule):
                   d = round(v/step) - v/step inside, -Q_N below and Q_P above
 
     For weights, `Q_N = 2**(bits-1)`, `Q_P = 2**(bits-1) - 1` and N is their number; for activations, `Q_N = 0`,
-    `Q_P = 2**bits - 1` and N is the number of features, without axis 0, the batch. Linear in `y_bar`. A module's
+    `Q_P = 2**bits - 1` and N is the number of features, without axis 0, the batch: put it on the batch, not inside of a
+    `vmap` over examples. Linear in `y_bar`. A module's
     kernels are quantised by `OnKernels(LSQ(step))(mdl)`. The module returns one array.
 
     Args:
