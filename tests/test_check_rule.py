@@ -32,6 +32,7 @@ MLP, HALF, BLOCK = SUBJECTS["plain mlp"], SUBJECTS["plain mlp in bfloat16"], SUB
 FORWARD = "the forward pass is the function's own"
 HOMOGENEOUS = "homogeneous in y_bar"
 ADDITIVE = "additive in y_bar"
+FIELDS = "linear in the fields' cotangents"
 FINITE = "finite at zero"
 MISSING = "no cotangent is missing"
 DTYPES = "dtypes are those of the primals"
@@ -150,6 +151,7 @@ NOT_CLAIMED = {
     ADDITIVE: "the rule is said not to be linear",
     STATE: "the module writes no state that has a gradient",
     EXACT: "the rule does not claim to be the function's own derivative",
+    FIELDS: "the rule gives no cotangent for a field, but for channels",
     UNUSED: "a forward function belongs to one function",
     EVERYWHERE: "fewer than two subjects are comparable",
 }
@@ -160,12 +162,13 @@ def test_a_right_rule_passes_and_what_is_not_applicable_has_a_stated_reason(righ
     of_subject, of_all = check_rule(right.the_rule, [MLP], **right.claims)
     assert [result.name for result in of_subject.results] == [check.name for check in RULE_CHECKS]
     assert [result.name for result in of_all.results] == [EVERYWHERE]
-    expected = {EVERYWHERE, STATE}
+    expected = {EVERYWHERE, STATE, FIELDS}
     expected |= {FORWARD, UNUSED} if right.the_rule is straight_through else set()
     expected |= {HOMOGENEOUS, ADDITIVE} if right.the_rule is sign_gradient else set()
     expected |= {EXACT} if not right.claims.get("exact") else set()
     came = {result.name: result.message for result in (*of_subject["not applicable"], *of_all["not applicable"])}
-    assert came == {name: NOT_CLAIMED[name] for name in expected}
+    reasons = NOT_CLAIMED | ({FIELDS: NOT_CLAIMED[ADDITIVE]} if right.the_rule is sign_gradient else {})
+    assert came == {name: reasons[name] for name in expected}
     assert {result.outcome for result in (*of_subject.results, *of_all.results)} <= {"passed", "not applicable"}
 
 
@@ -295,6 +298,21 @@ def raises(call, y_bar):
     raise RuntimeError("no backward pass here")
 
 
+class LearnedScale(cv.Rule):
+    """Scales the output by a learned number, whose cotangent is right, or forgets the one that flows in."""
+
+    scale: Any = 2.0
+    forgets: bool = cv.static(default=False)
+
+    def forward(self, call):
+        y = call(call.variables, *call.inputs)
+        return self.scale * y, cv.Residuals(y=y)
+
+    def backward(self, call, y_bar):
+        through = jnp.ones_like(y_bar) if self.forgets else y_bar
+        return call.pullback(self.scale * y_bar).with_fields(scale=jnp.sum(through * call.residuals.y))
+
+
 @dataclasses.dataclass(frozen=True)
 class Wrong:
     """A rule that is wrong in one way.
@@ -360,6 +378,9 @@ WRONG = (
     Wrong("homogeneous alone", signs_and_keeps_the_norm, (ADDITIVE,), "it is not additive; else say linear=False"),
     Wrong("NaN at an unused output", normalizes_each_output, (UNUSED,), "by a norm of its cotangent?"),
     Wrong("counts the outputs", counts_the_outputs, (UNUSED,), "gives another gradient than zeros"),
+    Wrong(
+        "a field forgets the cotangent", LearnedScale(forgets=True), (FIELDS,), "of its field 'scale' is not additive"
+    ),
     Wrong("another forward pass", RoundsTheOutput(), (FORWARD,), "claims to be the function itself"),
     Wrong("not exact", Scale(), (EXACT,), "claims to be autodiff's gradient", claims={"exact": True}),
     Wrong(
@@ -406,6 +427,11 @@ def test_a_wrong_rule_is_caught_by_the_check_that_is_about_it(wrong: Wrong):
     report = run(wrong.the_rule, wrong.subject, *wrong.checks, **wrong.claims)
     assert [result.outcome for result in report.results] == ["failed"] * len(wrong.checks), report
     assert [result for result in report.results if wrong.text not in result.message] == []
+
+
+def test_a_learned_field_with_a_right_cotangent_passes():
+    of_subject, _ = check_rule(LearnedScale(), [MLP])
+    assert FIELDS in {result.name for result in of_subject["passed"]}
 
 
 def test_each_check_catches_a_wrong_rule():

@@ -48,6 +48,8 @@ class UnderRule:
     """Calls modules under a rule, `use(mdl, *args)`; `on` puts it on other functions of a handle."""
 
     on: Callable[[Callable[..., Any]], Callable[..., Any]]
+    rule: Rule | None = None
+    key: Any = None
 
     def __call__(self, mdl: Any, *args: Any, **kwargs: Any) -> Any:
         return self.on(call)(mdl, *args, **kwargs)
@@ -64,7 +66,7 @@ def under_rule(the_rule: Any, key: Any = None) -> UnderRule:
         ArgumentError: `the_rule` is neither.
     """
     if isinstance(the_rule, Rule):
-        return UnderRule(lambda fn: _by_rule(fn, the_rule, key))
+        return UnderRule(lambda fn: _by_rule(fn, the_rule, key), the_rule, key)
     if isinstance(the_rule, tuple) and len(the_rule) == 2 and all(map(callable, the_rule)):
         return UnderRule(lambda fn: _by_functions(fn, the_rule))
     raise ArgumentError(f"`the_rule` must be a Rule or the pair (forward_fn, backward_fn), but is {the_rule!r}.")

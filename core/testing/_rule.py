@@ -15,6 +15,7 @@ from .._rule import Rule
 from ._claims import Claims, Functions, UnderRule, claims_of, under_rule
 from ._compare import assert_same_bits, numbers
 from ._everywhere import SAME_EVERYWHERE
+from ._fields import linear_in_fields
 from ._linearized import Linearized, Use, close, require
 from ._one_by_one import one_by_one
 from ._report import Check, NotApplicableError, Report, raise_failures, run_all
@@ -252,6 +253,7 @@ RULE_CHECKS: Sequence[Check] = (
     Check("the forward pass is the function's own", _same_forward),
     Check("homogeneous in y_bar", _homogeneous),
     Check("additive in y_bar", _additive),
+    Check("linear in the fields' cotangents", linear_in_fields),
     Check("finite at zero", _finite_at_zero),
     Check("no cotangent is missing", _no_missing_cotangent),
     Check("dtypes are those of the primals", _same_dtypes),
