@@ -41,17 +41,15 @@ def _compare(subject: Subject, use: UnderRule, name: str) -> bool:
         return inexact_and_others(out)[0]
 
     out, pullback = jax.vjp(run, primals)
-    one, other = ([jnp.cos(leaf + shift) for leaf in out] for shift in (0.0, 1.0))
+    y_bar = [jnp.cos(leaf) for leaf in out]
     try:
-        bars, other_bars = pullback(one), pullback(other)
+        bars = pullback(y_bar)
     except CotangentError:  # silent about it, which is an error only where somebody differentiates it
         return False
-    both = pullback([a + b for a, b in zip(one, other, strict=True)])
-    added = jax.tree.map(jnp.add, bars, other_bars)
-    close(
-        both,
-        added,
-        f"the rule is said to be linear, but the cotangent of its field {name!r} is not additive: is the cotangent "
+    close(  # twice, since a sum of two would round where the module's precision is low
+        pullback([2 * bar for bar in y_bar]),
+        jax.tree.map(lambda bar: 2 * bar, bars),
+        f"the rule is said to be linear, but the cotangent of its field {name!r} is not homogeneous: is the cotangent "
         "that flows in forgotten? If it is meant, say linear=False",
     )
     return any(bool(jnp.any(bar)) for bar in jax.tree.leaves(bars))
