@@ -506,7 +506,13 @@ def test_a_rule_that_raises_fails_every_check_that_runs_it_with_its_own_error():
         check_rule(raises, [MLP])
     of_subject, of_all = caught.value.reports
     outcomes = {result.name: result.outcome for result in of_subject.results}
-    assert {name for name, outcome in outcomes.items() if outcome != "failed"} == {FORWARD, STATE, EXACT, UNUSED}
+    assert {name for name, outcome in outcomes.items() if outcome != "failed"} == {
+        FORWARD,
+        FIELDS,
+        STATE,
+        EXACT,
+        UNUSED,
+    }
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert [result.outcome for result in of_all.results] == ["not applicable"]
 
