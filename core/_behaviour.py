@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import jax
+
 from ._session import Outcome, Session
 
 
@@ -82,3 +84,8 @@ class Behaviour(Protocol):
 def run_alone(session: Session, primals: Primals) -> Outcome:
     """Runs `fn` itself."""
     return session.run(session.fn, primals.variables, primals.context, primals.arrays)
+
+
+def is_coming() -> bool:
+    """Says whether JAX's coming custom_vjp is on, which does not tell what is differentiated."""
+    return bool(getattr(jax.config, "jax_custom_vjp3", False))

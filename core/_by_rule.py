@@ -14,7 +14,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 
 from ._arrays import ArrayType, Layout, take_apart
-from ._behaviour import Answer, Perturbed, Primals, run_alone
+from ._behaviour import Answer, Perturbed, Primals, is_coming, run_alone
 from ._call import Call, Part
 from ._closures import name_of
 from ._conform import Expected
@@ -135,20 +135,19 @@ class ByRule:
         y, extra = with_residuals(the_rule.forward(Call(site, parts)))
         arrays, layout = take_apart(y)
         seen = site.seen or _on_types(session, primals)
-        if not _alike(arrays, layout, seen):  # the runs of `forward` may have been on parts of the inputs
-            self._check_output(session, y, arrays, layout, _on_types(session, primals))
+        if not _alike(arrays, layout, seen):  # its runs of the module may have been on parts of the inputs
+            own = _on_types(session, primals)
+            if not _alike(arrays, layout, own):
+                raise self._wrong_output(session, y, layout.fill(str(ArrayType.of(array)) for array in arrays), own)
         state = site.seen_here or (run_alone(session, primals) if seen.updates else seen)
         return Outcome(arrays, layout, state.updates, state.updates_layout), extra
 
-    def _check_output(self, session: Session, y: Any, arrays: list[Any], layout: Layout, seen: Outcome) -> None:
-        if _alike(arrays, layout, seen):
-            return
-        shown = seen.layout.fill(map(str, seen.output_types))
-        came = layout.fill(str(ArrayType.of(array)) for array in arrays)
+    def _wrong_output(self, session: Session, y: Any, came: Any, own: Outcome) -> ArgumentError:
+        shown = own.layout.fill(map(str, own.output_types))
         hint = ""
         if isinstance(y, tuple) and len(y) == 2:
             hint = " What `backward` needs beside the output goes into Residuals: return (y, Residuals(name=...))."
-        raise ArgumentError(
+        return ArgumentError(
             f"`forward` of {self.author} must return an output like that of {name_of(session.fn)}, {shown}, but "
             f"returned {came}.{hint}"
         )
@@ -219,7 +218,7 @@ class ByRule:
         bars: list[Any] = []
         for name, layout, count in fields:
             own = slice(len(bars), len(bars) + count)
-            if self._replaces and name not in given and any(facts.perturbed.own[own]) and not _lacking():
+            if self._replaces and name not in given and any(facts.perturbed.own[own]) and not is_coming():
                 raise CotangentError(
                     f"{self.author} has its own forward pass, and its field {name!r} is differentiated, but `backward` "
                     f"gives no cotangent for it. Return bar.with_fields({name}=...), or put jax.lax.stop_gradient "
@@ -258,8 +257,3 @@ def _fields(the_rule: Rule) -> list[tuple[str, Layout, int]]:
         arrays, layout = take_apart(getattr(the_rule, name))
         found.append((name, layout, len(arrays)))
     return found
-
-
-def _lacking() -> bool:
-    """Says whether JAX can't tell what is differentiated."""
-    return bool(getattr(jax.config, "jax_custom_vjp3", False))

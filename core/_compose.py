@@ -34,14 +34,12 @@ def compose(*rules: Rule) -> Composed:
 
     Example:
         >>> import jax.numpy as jnp, crossvjp as cv
-        >>> double = cv.rule(lambda call, y_bar: call.pullback(2 * y_bar))
-        >>> @cv.rule(linear=False)
-        ... def sign(call, y_bar):
-        ...     bar = call.pullback(y_bar)
-        ...     return bar.replace(variables=jnp.sign(bar.variables))
-        >>> outside = compose(sign, double), compose(double, sign)
-        >>> [float(jax.grad(both.lift(lambda w, x: w * x))(3.0, 5.0)) for both in outside]
-        [1.0, 1.0]
+        >>> def on_gradient(f):
+        ...     return cv.rule(lambda call, y_bar: (bar := call.pullback(y_bar)).replace(variables=f(bar.variables)))
+        >>> sign, double = on_gradient(jnp.sign), on_gradient(lambda g: 2 * g)
+        >>> both = compose(sign, double), compose(double, sign)
+        >>> [float(jax.grad(rule.lift(lambda w, x: w * x))(3.0, 5.0)) for rule in both]
+        [1.0, 2.0]
     """
     for index, the_rule in enumerate(rules or (None,)):
         if not isinstance(the_rule, Rule):
@@ -110,7 +108,7 @@ class _Chain:
 
     def __init__(self, rules: Sequence[Rule], call: Call, levels: dict[int, Any] | None = None):
         self._rules = rules
-        self.call = self._call = call
+        self._call = call
         self._replaced = levels is not None
         self.levels = dict(levels or {})
 

@@ -46,7 +46,7 @@ def needed(
         By group, which arrays are needed; and which results of the pullback. `None` if the rule can't be
         traced on types, because it branches on values or because it is wrong; then everything is needed.
     """
-    trace = _Trace(session, everything, run, asks_updates, absent, zeros)
+    trace = _Trace(session, everything, run, absent, zeros, list(everything.facts.updates) if asks_updates else None)
     try:
         with noting():
             used = used_arguments(trace, trace.types)
@@ -64,9 +64,9 @@ class _Trace:
         session: Session,
         everything: Kept,
         run: Run,
-        asks_updates: bool,
         absent: Callable[[ArrayType], Any],
         zeros: Sequence[bool],
+        updates: list[ArrayType] | None,
     ):
         self._session, self._everything, self._run, self._absent = session, everything, run, absent
         self._touched: set[str] = set()
@@ -79,14 +79,14 @@ class _Trace:
         ]
         self._able = [type_.is_inexact and not zero for type_, zero in zip(facts.outputs, zeros, strict=True)]
         self._pulled = [*session.variables_types, *facts.types["arrays"]]
-        self._updates = list(facts.updates) if asks_updates else None
+        self._updates = updates
         known: list[Any] = [facts.types[name][index] for name, index in self._places]
         bars = [type_ for type_, able in zip(facts.outputs, self._able, strict=True) if able]
         pulled = [type_ for type_ in self._pulled if type_ and type_.is_inexact]
-        updates = [type_ for type_ in self._updates or () if type_.is_inexact]
+        updates_able = [type_ for type_ in updates or () if type_.is_inexact]
         self._start = len(known) + len(bars)
         self._count = len(pulled)
-        self.types: list[ArrayType] = [*known, *bars, *pulled, *updates]
+        self.types: list[ArrayType] = [*known, *bars, *pulled, *updates_able]
 
     def __call__(self, leaves: list[Any]) -> list[Any]:
         facts = self._everything.facts

@@ -22,7 +22,7 @@ import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from ._arrays import Layout, as_array, is_inexact, is_ref
-from ._behaviour import Behaviour, Perturbed, Primals
+from ._behaviour import Behaviour, Perturbed, Primals, is_coming
 from ._closed_modules import guards_of_modules
 from ._closures import Closures, name_of
 from ._errors import ArgumentError
@@ -145,7 +145,7 @@ class _OneCall:
         # coming implementation of custom_vjp they fail under remat, and with `optimize_remat` JAX has
         # none; and with them a mutable array that the rule writes is no residual inside of a loop, since JAX
         # does not see that it is an argument. Then all counts as differentiated.
-        lacking = self._optimize_remat or getattr(jax.config, "jax_custom_vjp3", False) or any(map(is_ref, groups[0]))
+        lacking = self._optimize_remat or is_coming() or any(map(is_ref, groups[0]))
         call.defvjp(self._forward, self._backward, symbolic_zeros=not lacking, optimize_remat=self._optimize_remat)
         self._ends = list(itertools.accumulate(map(len, groups)))
         # One argument an array: under remat, the coming implementation takes no trees.
