@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -84,6 +85,38 @@ class Ambient:
         finally:
             context.module_stack.pop()
             stack._storage, context.capture_stack = saved
+
+
+def run_unwrapped(mdl: nn.Module, context: Any, interceptor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs an intercepted method on a rebuilt module, under the interceptors that come after the given one.
+
+    The call of the live module has done all that Flax does around a method: names, setup, captured intermediates.
+    """
+    own = context.orig_method.func
+    stack = linen_module._global_interceptor_stack
+    all_of_them = stack._storage
+    inner = list(all_of_them)[: list(all_of_them).index(interceptor)]  # the last one is the outermost
+    if not inner:
+        return own(mdl, *args, **kwargs)
+
+    @functools.wraps(own)
+    def under_all(*args: Any, **kwargs: Any) -> Any:
+        stack._storage = all_of_them
+        try:
+            return own(*args, **kwargs)
+        finally:
+            stack._storage = inner
+
+    stack._storage = inner
+    try:
+        return linen_module.run_interceptors(under_all, mdl, *args, **kwargs)
+    finally:
+        stack._storage = all_of_them
+
+
+def is_lifted(method: Any) -> bool:
+    """Says whether a method is under one of Flax's lifted transforms, which wrap it once more."""
+    return hasattr(getattr(method, "__wrapped__", None), "__wrapped__")
 
 
 @dataclasses.dataclass(frozen=True)

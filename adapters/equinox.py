@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from crossvjp.adapters._equinox_models import EquinoxModels
 from crossvjp.adapters.pytree import ValueBoundary
 from crossvjp.extend import Body, Predicate, held_channel, predicate, unknown_choice
 
@@ -17,6 +18,7 @@ class EquinoxAdapter:
     name = "Equinox"
     by_reference = False
     finds_closures = False
+    models = EquinoxModels()
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, eqx.Module)

@@ -17,6 +17,7 @@ import jax
 
 from crossvjp import HandleError
 from crossvjp.adapters._haiku_frames import Frame, MissedError, refuse_frames, touched_by
+from crossvjp.adapters._haiku_models import HaikuModels
 from crossvjp.adapters._haiku_transformed import TransformedAdapter
 from crossvjp.adapters._haiku_transformed import bind as bind
 from crossvjp.extend import Body, Partition, Predicate, flat_name, predicate, run_and_publish, unknown_choice
@@ -72,6 +73,7 @@ class HaikuAdapter:
     name = "Haiku"
     by_reference = True
     finds_closures = True  # by running, see `_find`
+    models = HaikuModels()
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, hk.Module) or (isinstance(mdl, types.FunctionType) and _inside_transform())

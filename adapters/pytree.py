@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from crossvjp.adapters._function_models import FunctionModels
 from crossvjp.extend import Body, Partition, Predicate, held_channel, predicate, unknown_choice
 
 
@@ -29,6 +30,7 @@ class PytreeAdapter:
     name = "plain JAX"
     by_reference = False
     finds_closures = False
+    models = FunctionModels()
 
     def matches(self, mdl: Any) -> bool:
         return False  # the last resort: the registry falls back on it for any tree with arrays

@@ -1,5 +1,8 @@
 """crossvjp: write a backward rule once; run it unchanged in Flax Linen, Flax NNX, Haiku, Equinox and plain JAX."""
 
+from ._ambient import rules_off as rules_off
+from ._attach import attach as attach
+from ._attach import detach as detach
 from ._boundary import Adapter as Adapter
 from ._boundary import Boundary as Boundary
 from ._call import Call as Call
@@ -25,5 +28,7 @@ from ._residuals import Residuals as Residuals
 from ._rule import Rule as Rule
 from ._rule import rule as rule
 from ._rule import static as static
+from ._sites import sites as sites
 from ._vjp import variables as variables
 from ._vjp import vjp as vjp
+from ._where import function as function

@@ -28,6 +28,7 @@ from ._pullback import Pullback, zero_of
 from ._residuals import Residuals, with_residuals
 from ._session import Outcome, Session
 from ._site import Site
+from ._transform import is_zero
 
 if TYPE_CHECKING:
     from ._rule import Rule
@@ -82,7 +83,7 @@ class ByRule:
         return outcome, kept.with_pullback(pullback, results)
 
     def backward(self, session: Session, residuals: Kept, y_bar: Any, updates_bar: Any) -> Answer:
-        zeros = [isinstance(bar, SymbolicZero) for bar in jax.tree.leaves(y_bar)]
+        zeros = list(map(is_zero, jax.tree.leaves(y_bar)))
         mixed = self._zeros_as_none and any(zeros) and not all(zeros)
         if mixed:
             self._check_kept(session, residuals, zeros)
@@ -110,7 +111,7 @@ class ByRule:
         return outcome, Residuals(), pullback, None
 
     def _shown(self, bar: Any) -> Any:
-        return self._absent(bar) if isinstance(bar, SymbolicZero) else bar
+        return self._absent(bar) if is_zero(bar) else bar
 
     def _absent(self, like: ArrayType | SymbolicZero) -> Any:
         """What `y_bar` has for an output without a cotangent."""

@@ -111,9 +111,17 @@ def _loaded_frameworks() -> tuple[str, ...]:
 
 
 def _ask(mdl: Any, loaded: tuple[str, ...]) -> Adapter | None:
-    built_in = [adapter for framework in loaded for adapter in _built_in(_BUILT_IN[framework])]
-    candidates = [*_registered, *built_in]
+    candidates = [*_registered, *_built_ins(loaded)]
     return next((adapter for adapter in candidates if adapter.matches(mdl)), None)
+
+
+def known_adapters() -> list[Adapter]:
+    """Lists the adapters that were registered, then those of the loaded frameworks, then that of plain JAX."""
+    return [*_registered, *_built_ins(_loaded_frameworks()), *_built_in(_PLAIN)]
+
+
+def _built_ins(loaded: tuple[str, ...]) -> list[Adapter]:
+    return [adapter for framework in loaded for adapter in _built_in(_BUILT_IN[framework])]
 
 
 def _built_in(module: str) -> tuple[Adapter, ...]:

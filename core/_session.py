@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 
+from ._ambient import ambient, entered
 from ._arrays import ArrayType, Layout, is_inexact, is_ref, take_apart
 from ._boundary import Adapter, Boundary
 from ._cotangents import Cotangents, Order
@@ -82,6 +83,7 @@ class Session:
         self.adapter = handle.adapter
         self.opened = handle.modules
         self._handle = handle
+        self._ambient = ambient()
         self._handle_functions: Sequence[Any] = ()
         self.variables, self.variables_def = jax.tree.flatten(boundary.variables)
         self.context, self._context_layout = take_apart(boundary.context)
@@ -142,9 +144,10 @@ class Session:
             check_highways((args, kwargs), result[0] if unpack and isinstance(result, tuple) and result else result)
             return unpack(result) if unpack else (*take_apart(result), None)
 
-        (out, layout, extra), updates = self.boundary.call(
-            inner, jax.tree.unflatten(self.variables_def, variables), self._context_layout.fill(context)
-        )
+        with entered(self._ambient):
+            (out, layout, extra), updates = self.boundary.call(
+                inner, jax.tree.unflatten(self.variables_def, variables), self._context_layout.fill(context)
+            )
         outcome = Outcome(out, layout, *take_apart(updates), extra)
         _refuse_refs("The function", outcome.arrays, layout)
         _refuse_refs("The module's state", outcome.updates, outcome.updates_layout)

@@ -164,7 +164,8 @@ class _OneCall:
         """Keeps the static half of a run's results, and checks that all runs agree."""
         if self._seen is not None:
             forward = [name_of(function) for function in self._behaviour.forward_functions]
-            _check_same(self._seen, outcome, name_of(self._session.fn), *forward)
+            named = forward[0] if len(forward) == 1 else "the rule"  # which may hold any number of functions
+            _check_same(self._seen, outcome, name_of(self._session.fn), named)
         self.layout, self.updates_layout = outcome.layout, outcome.updates_layout
         self._seen = outcome.without_arrays()
         return outcome.arrays, outcome.updates
@@ -199,7 +200,7 @@ class _OneCall:
         """Runs the rule; returns the positions of the inputs that it answers for."""
         inputs, asked = session.inputs, self._behaviour.asks_updates
         spoken = {index for part in (*inputs.differentiable, *inputs.without_gradient) for index in part.indices}
-        if all(map(_is_zero, y_bars)) and not (asked and not all(map(_is_zero, updates_bars))):
+        if all(map(is_zero, y_bars)) and not (asked and not all(map(is_zero, updates_bars))):
             return spoken  # the pullback of zero is zero, and a rule that normalises would make NaN of it
         symbolic = self._behaviour.symbolic_zeros
         y_bar = kept.facts.layout.fill_arrays_only(y_bars if symbolic else map(_materialized, y_bars))
@@ -227,7 +228,7 @@ class _OneCall:
         """Adds the module's own derivative of all that the rule does not speak of."""
         inputs, perturbed = session.inputs, kept.facts.perturbed
         unspoken = [index for index, able in enumerate(perturbed.arrays) if able and index not in spoken]
-        updates_flow = not all(map(_is_zero, updates_bars))
+        updates_flow = not all(map(is_zero, updates_bars))
         updates_unspoken = updates_flow and not self._behaviour.asks_updates
         if not (unspoken or updates_unspoken or any(perturbed.context)):
             return
@@ -250,7 +251,7 @@ class _OneCall:
             place(bars.arrays, answered, [through_updates.arrays[index] for index in answered])
 
 
-def _check_same(before: Outcome, outcome: Outcome, fn: str, forward: str = "the rule") -> None:
+def _check_same(before: Outcome, outcome: Outcome, fn: str, forward: str) -> None:
     if before.layout != outcome.layout or before.output_types != outcome.output_types:
         first, second = (seen.layout.fill(map(str, seen.output_types)) for seen in (before, outcome))
         raise ArgumentError(
@@ -284,7 +285,8 @@ def _perturbed(leaf: Any) -> bool:
     return is_inexact(as_array(leaf))
 
 
-def _is_zero(bar: Any) -> bool:
+def is_zero(bar: Any) -> bool:
+    """Says whether an output has no cotangent: nothing depends on it, or it can have none, as whole numbers."""
     return isinstance(bar, SymbolicZero) or bar.dtype == jax.dtypes.float0
 
 

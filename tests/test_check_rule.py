@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import is_coming
+from helpers import IMPLEMENTATIONS, custom_vjp_of, is_coming
 
 import crossvjp as cv
 from crossvjp.testing import (
@@ -377,7 +377,6 @@ WRONG = (
     Wrong("clips", clip_by_norm(0.5), (HOMOGENEOUS, ADDITIVE), "say linear=False"),
     Wrong("homogeneous alone", signs_and_keeps_the_norm, (ADDITIVE,), "it is not additive; else say linear=False"),
     Wrong("NaN at an unused output", normalizes_each_output, (UNUSED,), "by a norm of its cotangent?"),
-    Wrong("counts the outputs", counts_the_outputs, (UNUSED,), "gives another gradient than zeros"),
     Wrong(
         "a field forgets the cotangent",
         LearnedScale(forgets=True),
@@ -430,6 +429,17 @@ def test_a_wrong_rule_is_caught_by_the_check_that_is_about_it(wrong: Wrong):
     report = run(wrong.the_rule, wrong.subject, *wrong.checks, **wrong.claims)
     assert [result.outcome for result in report.results] == ["failed"] * len(wrong.checks), report
     assert [result for result in report.results if wrong.text not in result.message] == []
+
+
+@pytest.mark.parametrize("mode", IMPLEMENTATIONS)
+def test_a_rule_that_takes_an_unused_output_for_no_zeros_is_caught_today_alone(mode):
+    with custom_vjp_of(mode):
+        (result,) = run(counts_the_outputs, MLP, UNUSED).results
+    if mode == "coming":  # an unused output has zeros there, so that the rule can't see it
+        assert result.outcome == "passed"
+        return
+    assert result.outcome == "failed"
+    assert "gives another gradient than zeros" in result.message
 
 
 def test_a_learned_field_with_a_right_cotangent_passes():
@@ -518,12 +528,13 @@ def test_a_rule_that_raises_fails_every_check_that_runs_it_with_its_own_error():
 
 
 def test_the_message_of_the_error_lists_every_failure_with_its_subject_and_its_check():
-    names = (HOMOGENEOUS, ADDITIVE, FINITE, UNUSED)
-    with pytest.raises(CheckError, match=r"^8 checks failed\.\n") as caught:
+    # JAX's coming custom_vjp has zeros for an output that is not used, and the rule makes ones of them too.
+    names = (HOMOGENEOUS, ADDITIVE, FINITE) if is_coming() else (HOMOGENEOUS, ADDITIVE, FINITE, UNUSED)
+    with pytest.raises(CheckError, match=rf"^{2 * len(names)} checks failed\.\n") as caught:
         check_rule(forgets_the_cotangent, [MLP, dataclasses.replace(MLP, name="another")])
     failed = [line.split(": failed: ")[0] for line in str(caught.value).splitlines() if ": failed: " in line]
     assert failed == [f"{subject}: {name}" for subject in ("plain mlp", "another") for name in names]
-    assert [len(report["failed"]) for report in caught.value.reports] == [4, 4, 0]
+    assert [len(report["failed"]) for report in caught.value.reports] == [len(names), len(names), 0]
 
 
 @pytest.mark.parametrize("stops", [["inputs/0"], ["inputs/*"], ["*"]], ids=str)

@@ -417,6 +417,46 @@ def test_a_rule_sees_the_cotangent_of_an_output_that_nobody_used_in_the_coming_m
     assert np.isnan(bar).all()
 
 
+def test_an_unused_output_has_zeros_in_the_coming_mode_alone_and_whole_numbers_have_none_in_either(mode):
+    seen = []
+
+    @cv.rule
+    def look(call, y_bar):
+        seen.append(y_bar)
+        return call.pullback(y_bar)
+
+    several = look.lift(lambda w, x: (fn(w, x), jnp.argmax(x), w * x))
+    bar = jax.grad(lambda w: several(w, X)[0].sum())(W)
+    assert_close(bar, jnp.sum(X * jnp.cos(W * X)))
+    used, whole, unused = seen[-1]  # before, the backward pass was traced on types
+    np.testing.assert_array_equal(used, jnp.ones(3))
+    assert whole is None
+    if mode == "today":
+        assert unused is None
+        return
+    np.testing.assert_array_equal(unused, jnp.zeros(3))
+
+
+class Changed(cv.Rule):
+    """Holds a function of the output, and one of its cotangent."""
+
+    of_output: Callable[[Any], Any] = cv.static()
+    of_cotangent: Callable[[Any], Any] = cv.static()
+
+    def forward(self, call):
+        return self.of_output(call(call.variables, *call.inputs))
+
+    def backward(self, call, y_bar):
+        return call.pullback(self.of_cotangent(y_bar))
+
+
+@pytest.mark.parametrize("name", ["grad", "jit_grad", "grad_jit", "grad_jit_remat"])
+def test_a_rule_with_a_forward_pass_may_hold_several_functions(mode, name):
+    """In the coming mode the function itself always runs too, today under grad(jit), and the two runs are compared."""
+    rule = Changed(lambda y: y + 1, lambda y_bar: 2 * y_bar)
+    assert_close(TRANSFORMS[name](rule.lift(fn))(W, X), by_hand_today(TRANSFORMS[name]), rtol=1e-5)  # to rounding
+
+
 def test_what_the_rule_does_not_speak_of_counts_as_differentiated_in_the_coming_mode(mode):
     def grown(limited):
         def scaled(params, x):

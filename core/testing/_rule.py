@@ -224,7 +224,10 @@ def _exact(subject: Subject, use: Use, claims: Claims) -> None:
 
 
 def _unused_output(subject: Subject, use: UnderRule, claims: Claims) -> None:
-    """A loss may use one of two outputs alone; the cotangent of the other is a symbolic zero."""
+    """A loss may use one of two outputs alone; the cotangent of the other is a symbolic zero.
+
+    Or an array of zeros, in JAX's coming custom_vjp: then only NaN shows.
+    """
     on_two = use.on(_two_outputs)
     try:
         both = Linearized(subject, on_two)

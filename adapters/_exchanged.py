@@ -1,0 +1,158 @@
+"""Rules where the modules stand in the model: a chosen one becomes an instance of a subclass of its class.
+
+Serves Equinox and NNX. A subclass keeps fields, names and leaves as they are, and a model of another class would not:
+a wrapper would show in every path. Two modules of one class with one rule share their subclass, so that a stack of
+them is still one tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from crossvjp import ArgumentError, Rule
+from crossvjp.extend import Attachment, Path, Running, Visit, ambient, named_like, public_methods, subclass
+
+MARK = "__crossvjp__"
+
+AsPlain: TypeAlias = Callable[[Any, type], contextlib.AbstractContextManager[Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exchange:
+    """What the subclass of a module does: which methods run under which rule and key."""
+
+    base: type
+    attachment: Attachment
+    rules: Mapping[str, tuple[Rule, Any]]
+    is_root: bool
+
+
+class Exchanges:
+    """Decides for the modules of one model, and makes their subclasses.
+
+    Args:
+        attachment: what is attached.
+        ends: the framework's base class, whose own methods are no calls.
+        as_plain: `as_plain(mdl, base)` gives a module as an instance of its own class, for a run.
+    """
+
+    def __init__(self, attachment: Attachment, ends: type, as_plain: AsPlain):
+        self._attachment = attachment
+        self._ends = ends
+        self._as_plain = as_plain
+        self._classes: dict[Any, type] = {}
+        self._sites: list[tuple[Path, str]] = []
+        self._without_methods: list[tuple[Path, Any]] = []
+
+    def class_for(self, paths: Sequence[Path], module: Any) -> type | None:
+        """Gives the subclass for a module that stands at some paths; `None` if it stays as it is."""
+        base = type(module)
+        methods = public_methods(base, self._ends)
+        if not methods:
+            self._without_methods += [(path, module) for path in paths]
+            return None
+        self._sites += [(path, base.__name__) for path in paths]
+        rules = next((found for path in paths if (found := self._rules(path, module, methods))), {})
+        rewrites = () in paths and bool(self._attachment.functions)
+        if not rules and not rewrites:
+            return None
+        known = base, tuple((name, id(rule), id(key)) for name, (rule, key) in rules.items()), rewrites
+        if known not in self._classes:
+            exchange = Exchange(base, self._attachment, rules, () in paths)
+            self._classes[known] = exchanged_class(exchange, methods if rewrites else rules, self._as_plain)
+        return self._classes[known]
+
+    def check(self) -> None:
+        """Refuses choices that matched no module that can be called."""
+        matched = self._attachment.matched
+        for one in (one for group in self._attachment.groups for one in group.choices):
+            if one.matches and id(one) not in matched:
+                for path, module in self._without_methods:
+                    if one.matches(path, module):
+                        raise ArgumentError(
+                            f"`where` {one.where!r} chooses {'/'.join(path)!r} of class {type(module).__name__}, which "
+                            "has no method that could run under a rule. Choose the module that uses it."
+                        )
+        self._attachment.check_matched(self._sites, None)
+
+    def _rules(self, path: Path, module: Any, methods: Sequence[str]) -> dict[str, tuple[Rule, Any]]:
+        found = {method: self._attachment.rule_at(path, module, method) for method in methods}
+        return {method: one for method, one in found.items() if one}
+
+
+def exchanged_class(exchange: Exchange, methods: Iterable[str], as_plain: AsPlain) -> type:
+    """Makes the subclass of an exchange, in which the given methods are others."""
+    members = {name: _method(exchange, name, as_plain) for name in methods}
+    return subclass(exchange.base, {**members, MARK: exchange})
+
+
+def recording_class(
+    base: type,
+    ends: type,
+    as_plain: AsPlain,
+    running: Running,
+    parameters: Callable[[Any], Mapping[str, Any]],
+    members: Mapping[str, Any],
+) -> type | None:
+    """Makes a subclass that only tells of its calls; its instances know their path, as `crossvjp_path`."""
+
+    def recorded(name: str) -> Callable[..., Any]:
+        own: Callable[..., Any] = getattr(base, name)
+
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            plain = _plain(own, base, as_plain)
+            call = functools.partial(plain, self)
+            visit = Visit(self.crossvjp_path.names, self, name, object(), call, plain, lambda: parameters(self))
+            return running.call(visit, args, kwargs)
+
+        return named_like(method, own)
+
+    methods = public_methods(base, ends)
+    return subclass(base, {**{name: recorded(name) for name in methods}, **members}) if methods else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A path that makes no difference to a tree: modules of several places may be stacked."""
+
+    names: Path = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Place)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def _plain(own: Callable[..., Any], base: type, as_plain: AsPlain) -> Callable[..., Any]:
+    def plain(mdl: Any, *args: Any, **kwargs: Any) -> Any:
+        with as_plain(mdl, base) as module:
+            return own(module, *args, **kwargs)
+
+    return plain
+
+
+def _method(exchange: Exchange, name: str, as_plain: AsPlain) -> Callable[..., Any]:
+    own: Callable[..., Any] = getattr(exchange.base, name)
+    plain = _plain(own, exchange.base, as_plain)
+    found = exchange.rules.get(name)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        around = ambient()
+        if around.rules_off:
+            return plain(self, *args, **kwargs)
+        running = Running(exchange.attachment)
+        if found is None:
+            out = running.rewritten(plain, self, args, kwargs)
+        else:
+            visit = Visit((), self, name, None, functools.partial(plain, self), plain)
+            out = running.under(found, around, visit, args, kwargs)
+        if exchange.is_root and name == "__call__":
+            running.check()
+        return out
+
+    return named_like(method, own)
