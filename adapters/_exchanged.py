@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from crossvjp import ArgumentError, Rule
@@ -21,14 +21,38 @@ MARK = "__crossvjp__"
 AsPlain: TypeAlias = Callable[[Any, type], contextlib.AbstractContextManager[Any]]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Exchange:
-    """What the subclass of a module does: which methods run under which rule and key."""
+    """What the subclass of a module does.
 
-    base: type
-    attachment: Attachment
-    rules: Mapping[str, tuple[Rule, Any]]
-    is_root: bool
+    Args:
+        base: the module's own class.
+        attachment: what is attached to the model.
+        rules: the rules and keys of those methods that have one.
+        is_root: whether the module is the model itself.
+        methods: those that are exchanged.
+        as_plain: `as_plain(mdl, base)` gives a module as an instance of its own class, for a run.
+    """
+
+    def __init__(
+        self,
+        base: type,
+        attachment: Attachment,
+        rules: Mapping[str, tuple[Rule, Any]],
+        is_root: bool,
+        methods: Sequence[str],
+        as_plain: AsPlain,
+    ):
+        self._given = base, attachment, rules, is_root, methods, as_plain
+        self.base, self.attachment, self.rules, self.is_root, self.methods, self.as_plain = self._given
+
+    @functools.cached_property
+    def made(self) -> type:
+        """The subclass."""
+        members = {name: _method(self, name) for name in self.methods}
+        return subclass(self.base, {**members, MARK: self, "__reduce__": _reduced})
+
+    def __reduce__(self) -> Any:
+        return Exchange, self._given
 
 
 class Exchanges:
@@ -62,8 +86,9 @@ class Exchanges:
             return None
         known = base, tuple((name, id(rule), id(key)) for name, (rule, key) in rules.items()), rewrites
         if known not in self._classes:
-            exchange = Exchange(base, self._attachment, rules, () in paths)
-            self._classes[known] = exchanged_class(exchange, methods if rewrites else rules, self._as_plain)
+            changed = methods if rewrites else list(rules)
+            exchange = Exchange(base, self._attachment, rules, () in paths, changed, self._as_plain)
+            self._classes[known] = exchange.made
         return self._classes[known]
 
     def check(self) -> None:
@@ -84,10 +109,13 @@ class Exchanges:
         return {method: one for method, one in found.items() if one}
 
 
-def exchanged_class(exchange: Exchange, methods: Iterable[str], as_plain: AsPlain) -> type:
-    """Makes the subclass of an exchange, in which the given methods are others."""
-    members = {name: _method(exchange, name, as_plain) for name in methods}
-    return subclass(exchange.base, {**members, MARK: exchange})
+def _reduced(self: Any) -> Any:
+    """Takes an instance apart for pickles and copies: its class has no name of its own to be found by."""
+    return _empty, (getattr(type(self), MARK),), dict(vars(self))
+
+
+def _empty(exchange: Exchange) -> Any:
+    return object.__new__(exchange.made)
 
 
 def recording_class(
@@ -136,9 +164,9 @@ def _plain(own: Callable[..., Any], base: type, as_plain: AsPlain) -> Callable[.
     return plain
 
 
-def _method(exchange: Exchange, name: str, as_plain: AsPlain) -> Callable[..., Any]:
+def _method(exchange: Exchange, name: str) -> Callable[..., Any]:
     own: Callable[..., Any] = getattr(exchange.base, name)
-    plain = _plain(own, exchange.base, as_plain)
+    plain = _plain(own, exchange.base, exchange.as_plain)
     found = exchange.rules.get(name)
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

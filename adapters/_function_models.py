@@ -56,4 +56,4 @@ def _visit(function: Callable[..., Any], running: Running) -> Visit:
             return running.rewritten(lambda _, *args, **kwargs: function(*args, **kwargs), None, args, kwargs)
         return function(*args, **kwargs)
 
-    return Visit((), function, "__call__", id(function), plain, function)
+    return Visit((), function, "__call__", id(function), plain, function, is_function=True)

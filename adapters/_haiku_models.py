@@ -11,6 +11,7 @@ from typing import Any
 import haiku as hk
 import jax
 
+from crossvjp import HandleError
 from crossvjp.adapters._haiku_frames import run_inner
 from crossvjp.extend import Ambient, Attachment, Running, Visit, ambient, entered, on_types, types_of
 
@@ -23,9 +24,14 @@ class HaikuModels:
     """Models that are pairs `(init, apply)`; of `hk.multi_transform`, a tree of functions in the place of `apply`."""
 
     def owns(self, model: Any) -> bool:
-        return isinstance(model, _KINDS)
+        return isinstance(model, (*_KINDS, hk.Module))
 
     def attachment_of(self, model: Any) -> Attachment | None:
+        if isinstance(model, hk.Module):
+            raise HandleError(
+                f"The Haiku module {model.module_name} belongs to a transform. Attach rules to the transformed "
+                "function, hk.transform(f), or put the rule on the module here, rule(module)(x)."
+            )
         return getattr(model.init, _MARK, (None, None))[1]
 
     def attach(self, model: Any, attachment: Attachment) -> Any:

@@ -95,7 +95,7 @@ def run_unwrapped(mdl: nn.Module, context: Any, interceptor: Any, args: tuple[An
     own = context.orig_method.func
     stack = linen_module._global_interceptor_stack
     all_of_them = stack._storage
-    inner = list(all_of_them)[: list(all_of_them).index(interceptor)]  # the last one is the outermost
+    inner = all_of_them[all_of_them.index(interceptor) + 1 :]  # the last one is the innermost
     if not inner:
         return own(mdl, *args, **kwargs)
 

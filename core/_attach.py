@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from ._attachment import Attachment, Choice, Chosen, Group
@@ -127,7 +127,7 @@ def _is_chosen(rule: Any) -> bool:
 def _method_names(methods: Any) -> frozenset[str] | None:
     if methods is None:
         return None
-    names = (methods,) if isinstance(methods, str) else tuple(methods)
+    names = (methods,) if isinstance(methods, str) else tuple(methods) if isinstance(methods, Iterable) else ()
     if not names or not all(isinstance(name, str) for name in names):
         raise ArgumentError(f"`methods` must be names of methods, but is {methods!r}.")
     return frozenset(names)

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import types
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ import jax
 
 from ._ambient import Ambient, ambient, entered
 from ._arrays import is_array
+from ._closures import name_of
 from ._errors import ArgumentError
 from ._models import interceptors
 from ._paths import Path
@@ -268,13 +268,13 @@ class Running:
                 return visit.rebuilt(mdl, *args, **kwargs)
 
         module = visit.module
-        is_function = isinstance(module, types.FunctionType)
-        run.__name__ = module.__name__ if is_function else f"{type(module).__name__}.{visit.method}"
-        like = module if is_function else getattr(type(module), visit.method, None)
+        like = module if visit.is_function else getattr(type(module), visit.method, None)
+        run.__name__ = name_of(module) if visit.is_function else f"{type(module).__name__}.{visit.method}"
         if kwargs and like is not None:  # resolves keywords to positions
             run.__signature__ = inspect.signature(like)  # pyright: ignore[reportFunctionMemberAccess]
         rule, key = found
-        return rule.lift(run, key=key)(module, *args, **kwargs)
+        handle = () if visit.is_function else (module,)
+        return rule.lift(run, key=key)(*handle, *args, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +290,7 @@ class Visit:
         rebuilt: `rebuilt(mdl, *args, **kwargs)` calls the method on a module that an adapter rebuilt, and does not
             come here again for the same call.
         parameters: lists the module's own parameters by name, after the call.
+        is_function: whether the module is a function, whose variables are its first argument.
     """
 
     path: Path
@@ -299,6 +300,7 @@ class Visit:
     plain: Callable[..., Any]
     rebuilt: Callable[..., Any]
     parameters: Callable[[], Mapping[str, Any]] = dict
+    is_function: bool = False
 
 
 def _is_public(method: str) -> bool:

@@ -70,7 +70,7 @@ class ByRule:
         found = self._needed(session, everything, [False] * len(outcome.arrays))
         kept, results = (everything, None) if found is None else (everything.only(found[0]), found[1])
         if results is not None and not any(results):
-            return outcome, kept
+            return outcome, kept.without_pullback(pullback)
         if failure:
             raise failure
         if pullback is None:

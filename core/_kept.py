@@ -59,6 +59,8 @@ class Kept:
     facts: Facts
     touched: set[str] = dataclasses.field(default_factory=set)
     """The groups that were looked at."""
+    spare: int = 0
+    """How many arrays a pullback would have that is not kept."""
 
     @staticmethod
     def everything(primals: Primals, outcome: Outcome, extra: Residuals, perturbed: Perturbed) -> Kept:
@@ -77,6 +79,10 @@ class Kept:
             for name, group in self.groups.items()
         }
         return Kept(groups, self.pullback, self.facts)
+
+    def without_pullback(self, pullback: Pullback | None) -> Kept:
+        """Notes what a pullback would have added, were it kept."""
+        return dataclasses.replace(self, spare=len(jax.tree.leaves(pullback)))
 
     def with_pullback(self, pullback: Pullback, needed: Sequence[bool] | None) -> Kept:
         """Adds the pullback, without what only cotangents depend on that nobody needs."""

@@ -28,6 +28,7 @@ from ._closures import Closures, name_of
 from ._errors import ArgumentError
 from ._inputs import Handle, Inputs
 from ._own_derivative import Bars, own_pullback, place
+from ._packing import Packing
 from ._pullback import zero_of
 from ._session import Outcome, Session, without_refs
 
@@ -138,6 +139,7 @@ class _OneCall:
         self._functions = functions
         self._optimize_remat = optimize_remat
         self._seen: Outcome | None = None
+        self._packing = Packing()
 
     def __call__(self, *groups: list[Any]) -> tuple[list[Any], list[Any]]:
         call = jax.custom_vjp(self._primal)
@@ -170,7 +172,8 @@ class _OneCall:
         self._seen = outcome.without_arrays()
         return outcome.arrays, outcome.updates
 
-    def _forward(self, *flat: Any) -> tuple[tuple[list[Any], list[Any]], _Kept]:
+    def _forward(self, *flat: Any) -> tuple[tuple[list[Any], list[Any]], list[Any]]:
+        is_late = self._seen is not None  # part of a program, which may run again with other arguments differentiated
         groups = self._grouped(flat)
         own, closed, variables, context, arrays = map(_values, groups)
         perturbed = Perturbed(*(tuple(map(_perturbed, group)) for group in (groups[0], *groups[2:])))
@@ -183,9 +186,12 @@ class _OneCall:
         needed = unspoken or any(map(is_inexact, outcome.updates))
         facts = _Facts(outcome.layout, perturbed)
         kept = tuple(map(without_refs, (own, variables, context, arrays))) if needed else ()
-        return results, _Kept(residuals, self._functions.closures.kept_for_backward(closed), kept, facts)
+        all_kept = _Kept(residuals, self._functions.closures.kept_for_backward(closed), kept, facts)
+        spare = getattr(residuals, "spare", 0) + (0 if needed else len(flat) - len(closed))
+        return results, self._packing.pack(all_kept, spare if is_late else None)
 
-    def _backward(self, kept: _Kept, results_bar: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
+    def _backward(self, packed: list[Any], results_bar: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
+        kept: _Kept = self._packing.unpack(packed)
         y_bars, updates_bars = results_bar
         own, closed, *others = (end - start for start, end in itertools.pairwise([0, *self._ends]))
         bars = Bars.zero(own, *others)

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from rules import identity
 
 import crossvjp
 from crossvjp import Cotangents
@@ -248,3 +249,13 @@ def test_the_comparison_is_as_fine_as_the_dtype(dtype, passes, fails):
     assert_close(largest * jnp.asarray(1 + passes, dtype), largest)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_close(largest * jnp.asarray(1 + fails, dtype), largest)
+
+
+def test_a_compiled_layer_that_is_used_twice_keeps_what_each_use_needs():
+    layer = lambda fn: jax.jit(lambda w, x: jnp.tanh(fn(w, x)))
+    ruled, plain = layer(identity.lift(lambda w, x: x @ w)), layer(lambda w, x: x @ w)
+    w = [jax.random.normal(jax.random.key(seed), (3, 3)) for seed in range(3)]
+    x = jnp.ones((2, 3))  # not differentiated, so that the first use needs other residuals than the others
+    loss = lambda layer: lambda w: jnp.sum(layer(w[2], layer(w[1], layer(w[0], x))) ** 2)
+    assert_close(jax.grad(loss(ruled))(w), jax.grad(loss(plain))(w))
+    assert_close(jax.grad(jax.jit(loss(ruled)))(w), jax.grad(loss(plain))(w))
