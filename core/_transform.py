@@ -147,8 +147,9 @@ class _OneCall:
         # coming implementation of custom_vjp they fail under remat, and with `optimize_remat` JAX has
         # none; and with them a mutable array that the rule writes is no residual inside of a loop, since JAX
         # does not see that it is an argument. Then all counts as differentiated.
-        lacking = self._optimize_remat or is_coming() or any(map(is_ref, groups[0]))
-        call.defvjp(self._forward, self._backward, symbolic_zeros=not lacking, optimize_remat=self._optimize_remat)
+        self._lacking = self._optimize_remat or is_coming() or any(map(is_ref, groups[0]))
+        symbolic = not self._lacking
+        call.defvjp(self._forward, self._backward, symbolic_zeros=symbolic, optimize_remat=self._optimize_remat)
         self._ends = list(itertools.accumulate(map(len, groups)))
         # One argument an array: under remat, the coming implementation takes no trees.
         return call(*itertools.chain(*groups))
@@ -172,7 +173,7 @@ class _OneCall:
         self._seen = outcome.without_arrays()
         return outcome.arrays, outcome.updates
 
-    def _forward(self, *flat: Any) -> tuple[tuple[list[Any], list[Any]], list[Any]]:
+    def _forward(self, *flat: Any) -> tuple[tuple[list[Any], list[Any]], Any]:
         is_late = self._seen is not None  # part of a program, which may run again with other arguments differentiated
         groups = self._grouped(flat)
         own, closed, variables, context, arrays = map(_values, groups)
@@ -187,11 +188,13 @@ class _OneCall:
         facts = _Facts(outcome.layout, perturbed)
         kept = tuple(map(without_refs, (own, variables, context, arrays))) if needed else ()
         all_kept = _Kept(residuals, self._functions.closures.kept_for_backward(closed), kept, facts)
+        if self._lacking:  # All uses keep the same, so that nothing is added to what the user's `forward` keeps.
+            return results, all_kept
         spare = getattr(residuals, "spare", 0) + (0 if needed else len(flat) - len(closed))
         return results, self._packing.pack(all_kept, spare if is_late else None)
 
-    def _backward(self, packed: list[Any], results_bar: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
-        kept: _Kept = self._packing.unpack(packed)
+    def _backward(self, packed: Any, results_bar: tuple[list[Any], list[Any]]) -> tuple[Any, ...]:
+        kept: _Kept = packed if self._lacking else self._packing.unpack(packed)
         y_bars, updates_bars = results_bar
         own, closed, *others = (end - start for start, end in itertools.pairwise([0, *self._ends]))
         bars = Bars.zero(own, *others)
