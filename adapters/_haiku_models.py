@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -58,8 +59,10 @@ class HaikuModels:
         made = types_of(init, args, kwargs)
         variables = made if isinstance(model, hk.TransformedWithState) else (made,)
 
+        rng = (key,) if _takes_rng(model, len(variables)) else ()
+
         def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
-            return model.apply(*variables, key, *args, **kwargs)
+            return model.apply(*variables, *rng, *args, **kwargs)
 
         with entered(Ambient((running,))):
             program = on_types(apply, (variables, *args), kwargs)
@@ -101,6 +104,12 @@ def _under(function: Callable[..., Any], attachment: Attachment, *, initializing
         return out
 
     return run
+
+
+def _takes_rng(model: Any, variables: int) -> bool:
+    """Says whether `apply` takes a key; under `hk.without_apply_rng` it does not, and `init` still does."""
+    init, apply = (len(inspect.signature(function).parameters) for function in (model.init, model.apply))
+    return apply == init + variables
 
 
 def _parameters(module: hk.Module) -> Mapping[str, Any]:

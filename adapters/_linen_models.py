@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from crossvjp import HandleError
-from crossvjp.adapters._linen_modules import is_lifted, run_unwrapped
+from crossvjp.adapters._linen_modules import distinguish_in_jit, run_unwrapped
 from crossvjp.extend import (
     Ambient,
     Attachment,
@@ -44,6 +44,7 @@ class LinenModels:
                 f"`attach` takes a Linen module before it is bound, but this {type(model).__name__} belongs to "
                 "variables or to a parent module. Attach outside, or put the rule on it here, rule(module)(x)."
             )
+        distinguish_in_jit(_place)
         base = type(model)
         members = {name: _method(base, name, attachment) for name in _own_methods(base)}
         return _copied(subclass(base, {**members, _MARK: (base, attachment), "__reduce__": _reduced}), model)
@@ -76,15 +77,10 @@ class LinenModels:
                 return next_fun(*args, **kwargs)
             path = running.relative(module.path)
 
-            def plain(*args: Any, **kwargs: Any) -> Any:
-                with _placed(module, method, path):
-                    return next_fun(*args, **kwargs)
-
             def rebuilt(mdl: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                with _placed(mdl, method, path):
-                    return run_unwrapped(mdl, context, intercept, args, kwargs)
+                return run_unwrapped(mdl, context, intercept, args, kwargs)
 
-            visit = Visit(path, module, method, module.path, plain, rebuilt, lambda: _parameters(module))
+            visit = Visit(path, module, method, module.path, next_fun, rebuilt, lambda: _parameters(module))
             return running.call(visit, args, kwargs)
 
         with nn.intercept_methods(intercept):
@@ -132,11 +128,10 @@ def _attached_again(model: nn.Module, attachment: Attachment) -> nn.Module:
     return LinenModels().attach(model, attachment)
 
 
-def _placed(module: nn.Module, method: str, path: tuple[str, ...]) -> contextlib.AbstractContextManager[None]:
-    """Keeps `nn.jit` from serving a program for another place: its own key has the module's fields, not the path."""
-    if not is_lifted(getattr(type(module), method, None)):
-        return contextlib.nullcontext()
-    return entered(dataclasses.replace(ambient(), place=path))
+def _place(module: nn.Module) -> Any:
+    """Gives what a module's rules may depend on beside its class and fields."""
+    by_paths = any(running.attachment.depends_on_paths for running in ambient().running)
+    return module.path if by_paths and module.scope is not None else None
 
 
 def _parameters(module: nn.Module) -> Mapping[str, Any]:

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 from flax.core import Scope
 from flax.linen import module as linen_module
+from flax.linen import transforms
 from flax.linen.transforms import get_module_scopes, set_module_scopes
 
 from crossvjp import HandleError
@@ -114,9 +115,20 @@ def run_unwrapped(mdl: nn.Module, context: Any, interceptor: Any, args: tuple[An
         stack._storage = all_of_them
 
 
-def is_lifted(method: Any) -> bool:
-    """Says whether a method is under one of Flax's lifted transforms, which wrap it once more."""
-    return hasattr(getattr(method, "__wrapped__", None), "__wrapped__")
+def distinguish_in_jit(place: Callable[[nn.Module], Any]) -> None:
+    """Keeps `nn.jit` from serving what it traced of one module for another whose place is a different one.
+
+    Its cache is looked up by a module's class and fields, and neither an interceptor nor a context stands between
+    the module and the cache. So what it looks up by has the place too; where that is `None`, it is as it was.
+    """
+    own = transforms._module_fingerprint
+    if own.__module__ != __name__:
+
+        def with_place(module: nn.Module) -> Any:
+            there = place(module)
+            return own(module) if there is None else (own(module), there)
+
+        transforms._module_fingerprint = with_place
 
 
 @dataclasses.dataclass(frozen=True)

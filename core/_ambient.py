@@ -28,13 +28,11 @@ class Ambient:
     inside: frozenset[Any] = frozenset()
     """The sites whose rule is already around the call."""
     rules_off: bool = False
-    place: Any = ()
-    """Where a function is traced that its framework may keep for another place."""
 
     @property
     def cache_key(self) -> Any:
         """What a traced program depends on."""
-        return tuple(running.token for running in self.running), self.rules_off, self.place
+        return tuple(running.token for running in self.running), self.rules_off
 
     def within(self, site: Any) -> Ambient:
         """Gives the surroundings of what a site's module does itself."""

@@ -20,7 +20,7 @@ from ._errors import ArgumentError
 from ._models import interceptors
 from ._paths import Path
 from ._rule import Rule
-from ._where import Function, Matches, matcher
+from ._where import Function, Matches, is_by_class, matcher
 
 Chosen: TypeAlias = Rule | Callable[[Path, Any], Rule | None] | None
 
@@ -110,6 +110,15 @@ class Attachment:
     def chooses_modules(self) -> bool:
         """Whether any choice is of modules."""
         return any(one.matches for group in self.groups for one in group.choices)
+
+    @property
+    def depends_on_paths(self) -> bool:
+        """Whether two modules that are alike may have different rules or keys."""
+        modules = [(group, one) for group in self.groups for one in group.choices if one.matches]
+        return any(
+            group.key is not None or not is_by_class(one.where) or not isinstance(one.rule, Rule | None)
+            for group, one in modules
+        )
 
     def rule_at(self, path: Path, module: Any, method: str) -> tuple[Rule, Any] | None:
         """Gives the rule of a call, and its key.

@@ -55,6 +55,11 @@ def function(*functions: str | Callable[..., Any]) -> Function:
     return Function(tuple(name for name in names if name))
 
 
+def is_by_class(where: Any) -> bool:
+    """Says whether a choice looks at a module's class alone, and not at where it stands."""
+    return where is True or isinstance(where, type) or (isinstance(where, tuple) and all(map(is_by_class, where)))
+
+
 def matcher(where: Any) -> Matches:
     """Turns one choice of modules into a predicate on `(path, module)`.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 import equinox as eqx
 import flax.linen as nn
@@ -112,6 +113,50 @@ def test_linen_transforms(fn, where, chosen):
     check_doubled(loss, params, model, cv.attach(model, doubled, where=where), chosen, exact=fn is not mapped)
 
 
+class TwoJitted(nn.Module):
+    """Two modules that are alike; Flax compiles them once."""
+
+    traced: ClassVar[list[Any]] = []
+
+    @nn.compact
+    def __call__(self, x):
+        made = nn.jit(CountedCell)
+        return made(name="b")(made(name="a")(x))
+
+
+class CountedCell(nn.Module):
+    """Takes down when it is traced."""
+
+    @nn.compact
+    def __call__(self, x):
+        TwoJitted.traced.append(self.name)
+        return jnp.tanh(nn.Dense(6, name="dense")(x))
+
+
+@pytest.mark.parametrize(
+    ("where", "rule", "factors", "traces"),
+    [
+        ("a/dense", doubled, (2, 1), 2),
+        ("b/dense", doubled, (1, 2), 2),
+        (nn.Dense, doubled, (2, 2), 1),
+        (nn.Dense, lambda path, module: doubled if path[0] == "b" else None, (1, 2), 2),
+    ],
+    ids=["the first", "the second", "both", "by a function"],
+)
+def test_what_linens_jit_keeps_of_one_module_is_not_used_for_another(where, rule, factors, traces):
+    model = TwoJitted()
+    params = model.init(KEY, X)
+    loss = lambda model: jax.jit(lambda params: jnp.sum(model.apply(params, X) ** 2))
+    own = jax.grad(loss(model))(params)["params"]
+    attached = cv.attach(model, rule, where=where)
+    TwoJitted.traced.clear()
+    assert jnp.isfinite(loss(attached)(params))
+    assert len(TwoJitted.traced) == traces
+    grads = jax.grad(loss(attached))(params)["params"]
+    for name, factor in zip(("a", "b"), factors, strict=True):
+        assert_same_bits(grads[name], jax.tree.map(functools.partial(jnp.multiply, factor), own[name]))
+
+
 def test_linen_methods_are_calls_from_outside_and_none_from_inside():
     model = ByHelper()
     params = model.init(KEY, X)
@@ -121,6 +166,14 @@ def test_linen_methods_are_calls_from_outside_and_none_from_inside():
         check_doubled(loss, params, model, attached, "inner")
     rows = cv.sites(attached, X)
     assert [(row.path, row.method, row.calls) for row in rows] == [("", "__call__", 1), ("inner", "__call__", 2)]
+
+
+@pytest.mark.parametrize("transform", [hk.transform, hk.transform_with_state])
+@pytest.mark.parametrize("around", [lambda model: model, hk.without_apply_rng], ids=["as it is", "without rng"])
+def test_sites_of_haiku_models_whose_apply_takes_a_key_and_of_others(transform, around):
+    named_as_a_key = around(transform(lambda rng: hk.Linear(2)(rng)))
+    (row,) = cv.sites(cv.attach(named_as_a_key, doubled, where=hk.Linear), X)
+    assert (row.path, row.rule) == ("linear", doubled)
 
 
 def test_methods_may_be_chosen_by_name():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from typing import Any
 
 import flax.core
@@ -48,6 +49,39 @@ def test_linen_keeps_its_dynamic_context_where_we_look():
     assert linen_module._global_interceptor_stack._storage == []
     assert linen_module._context.capture_stack == []
     assert linen_module._context.module_stack == [None]
+
+
+def test_linens_jit_looks_up_programs_by_a_fingerprint_that_we_may_extend(monkeypatch):
+    asked = []
+    own = transforms._module_fingerprint
+
+    def asking(module):
+        asked.append(module.name)
+        return own(module)
+
+    monkeypatch.setattr(transforms, "_module_fingerprint", asking)
+    nn.Sequential([nn.jit(nn.Dense)(3), nn.jit(nn.Dense)(3)]).init(jax.random.key(0), jnp.ones(2))
+    assert asked == ["layers_0", "layers_1"]
+
+
+def test_linen_runs_the_interceptors_that_are_listed_the_last_one_innermost():
+    order = []
+
+    def interceptor(name):
+        def intercept(next_fun, args, kwargs, context):
+            assert isinstance(context.orig_method.func, types.FunctionType)  # takes the module first
+            order.append(name)
+            return next_fun(*args, **kwargs)
+
+        return intercept
+
+    with nn.intercept_methods(interceptor("outer")), nn.intercept_methods(interceptor("inner")):
+        stack = linen_module._global_interceptor_stack
+        for first in (0, 1):
+            everything, stack._storage = stack._storage, stack._storage[first:]
+            linen_module.run_interceptors(lambda mdl: order.append("method"), nn.Dense(3))
+            stack._storage = everything
+    assert order == ["outer", "inner", "method", "inner", "method"]
 
 
 def test_linen_scopes_are_built_as_we_build_them():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import crossvjp
+from crossvjp.testing import assert_same_bits
 
 TEXT = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 FIRST, *OTHERS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -54,6 +55,16 @@ def test_a_block_runs_behind_the_first_and_signs_the_parameters_gradient(block):
         weight = 0.1 * np.round(np.clip(np.asarray(linear.weight) / 0.1, -8, 7))
         np.testing.assert_allclose(namespace["four_bits"](np.float32(0.1)), weight @ x + linear.bias, rtol=1e-5)
         assert float(namespace["step_bar"]) != 0
+        return
+    if "guided" in namespace:
+        x, params, own = namespace["x"], namespace["params"], namespace["plain"]
+        of = lambda model: jax.grad(lambda params: model.apply(params, x).sum())(params)
+        assert_same_bits(of(namespace["net"]), own)
+        assert_same_bits(namespace["grads"], jax.tree.map(np.sign, own))
+        expected = jax.tree_util.tree_map_with_path(lambda path, g: g / 2 if "linear_0" in str(path) else g, own)
+        assert_same_bits(of(namespace["half"]), expected)
+        with pytest.raises(AssertionError):
+            assert_same_bits(of(namespace["guided"]), own)
         return
     leaves = jax.tree.leaves(namespace["grads"])
     assert leaves
