@@ -31,6 +31,7 @@ class Exchange:
         is_root: whether the module is the model itself.
         methods: those that are exchanged.
         as_plain: `as_plain(mdl, base)` gives a module as an instance of its own class, for a run.
+        path: the module's path, if a function gives the rules and is asked at each call.
     """
 
     def __init__(
@@ -41,9 +42,17 @@ class Exchange:
         is_root: bool,
         methods: Sequence[str],
         as_plain: AsPlain,
+        path: Path | None,
     ):
-        self._given = base, attachment, rules, is_root, methods, as_plain
-        self.base, self.attachment, self.rules, self.is_root, self.methods, self.as_plain = self._given
+        self._given = base, attachment, rules, is_root, methods, as_plain, path
+        self.base, self.attachment, self.rules, self.is_root, self.methods, self.as_plain, self.path = self._given
+
+    def rule_of(self, module: Any, method: str) -> tuple[Rule, Any] | None:
+        """Gives the rule and the key of a call."""
+        found = self.rules.get(method)
+        if found is None or self.path is None:
+            return found
+        return self.attachment.rule_at(self.path, module, method)
 
     @functools.cached_property
     def made(self) -> type:
@@ -80,14 +89,16 @@ class Exchanges:
             self._without_methods += [(path, module) for path in paths]
             return None
         self._sites += [(path, base.__name__) for path in paths]
-        rules = next((found for path in paths if (found := self._rules(path, module, methods))), {})
+        first = ((path, found) for path in paths if (found := self._rules(path, module, methods)))
+        chosen, rules = next(first, (None, {}))
+        path = chosen if self._attachment.makes_rules else None
         rewrites = () in paths and bool(self._attachment.functions)
         if not rules and not rewrites:
             return None
-        known = base, tuple((name, id(rule), id(key)) for name, (rule, key) in rules.items()), rewrites
+        known = base, tuple((name, id(rule), id(key)) for name, (rule, key) in rules.items()), rewrites, path
         if known not in self._classes:
             changed = methods if rewrites else list(rules)
-            exchange = Exchange(base, self._attachment, rules, () in paths, changed, self._as_plain)
+            exchange = Exchange(base, self._attachment, rules, () in paths, changed, self._as_plain, path)
             self._classes[known] = exchange.made
         return self._classes[known]
 
@@ -167,18 +178,20 @@ def _plain(own: Callable[..., Any], base: type, as_plain: AsPlain) -> Callable[.
 def _method(exchange: Exchange, name: str) -> Callable[..., Any]:
     own: Callable[..., Any] = getattr(exchange.base, name)
     plain = _plain(own, exchange.base, exchange.as_plain)
-    found = exchange.rules.get(name)
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         around = ambient()
         if around.rules_off:
             return plain(self, *args, **kwargs)
         running = Running(exchange.attachment)
-        if found is None:
-            out = running.rewritten(plain, self, args, kwargs)
-        else:
+        found = exchange.rule_of(self, name)
+        if found is not None:
             visit = Visit((), self, name, None, functools.partial(plain, self), plain)
             out = running.under(found, around, visit, args, kwargs)
+        elif exchange.is_root and exchange.attachment.functions:
+            out = running.rewritten(plain, self, args, kwargs)
+        else:
+            out = plain(self, *args, **kwargs)
         if exchange.is_root and name == "__call__":
             running.check()
         return out

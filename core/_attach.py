@@ -35,7 +35,9 @@ def attach(
             and Haiku that run inside are found too; the function is itself a module, with the path "", whose
             variables are its first argument.
         rule: the rule; or a function `(path, module) -> rule` that gives each chosen module its own, or
-            `None` for no rule.
+            `None` for no rule. It is asked at each call, with the module as it is then: a step that follows
+            the weights follows them through training. In Equinox and NNX `attach` asks it too, and what has
+            no rule there gets none later.
         where: what is chosen:
 
             - a class: the modules of that class and its subclasses;
@@ -65,7 +67,7 @@ def attach(
         >>> @crossvjp.rule
         ... def guided(call, y_bar):
         ...     x, = call.inputs
-        ...     return crossvjp.Cotangents(y_bar * (y_bar > 0) * (x > 0))
+        ...     return crossvjp.Cotangents((y_bar * (y_bar > 0) * (x > 0),), {})
         >>> net = lambda w, x: jnp.sum(jax.nn.relu(x) * w)
         >>> shown = attach(net, guided, where=crossvjp.function("relu"))
         >>> jax.grad(net, 1)(-1.0, 2.0).item(), jax.grad(shown, 1)(-1.0, 2.0).item()

@@ -115,9 +115,13 @@ class Attachment:
     def depends_on_paths(self) -> bool:
         """Whether two modules that are alike may have different rules or keys."""
         modules = [(group, one) for group in self.groups for one in group.choices if one.matches]
+        return self.makes_rules or any(group.key is not None or not is_by_class(one.where) for group, one in modules)
+
+    @property
+    def makes_rules(self) -> bool:
+        """Whether a function gives rules to modules, each its own."""
         return any(
-            group.key is not None or not is_by_class(one.where) or not isinstance(one.rule, Rule | None)
-            for group, one in modules
+            not isinstance(one.rule, Rule | None) for group in self.groups for one in group.choices if one.matches
         )
 
     def rule_at(self, path: Path, module: Any, method: str) -> tuple[Rule, Any] | None:
@@ -226,8 +230,9 @@ class Running:
             names.append(name)
             return self.attachment.function_rule(name)
 
-        out = call_rewritten(choose, fn, mdl, args, kwargs)
-        self.functions = [*(self.functions or ()), *names]
+        out, asked = call_rewritten(choose, fn, mdl, args, kwargs)
+        if asked:
+            self.functions = [*(self.functions or ()), *names]
         return out
 
     def intercepting(self) -> contextlib.AbstractContextManager[None]:

@@ -25,7 +25,9 @@ Choose = Callable[[str], Rule | None]
 _CLOSED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vjp3_call", "custom_lin")
 
 
-def call_rewritten(choose: Choose, fn: Callable[..., Any], mdl: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+def call_rewritten(
+    choose: Choose, fn: Callable[..., Any], mdl: Any, args: tuple[Any, ...], kwargs: Any
+) -> tuple[Any, bool]:
     """Calls `fn(mdl, *args, **kwargs)` with every function that `choose` has a rule for under that rule.
 
     Args:
@@ -34,10 +36,13 @@ def call_rewritten(choose: Choose, fn: Callable[..., Any], mdl: Any, args: tuple
         mdl: the handle; `None` where there is no module.
         args: the inputs.
         kwargs: the inputs by keyword.
+
+    Returns:
+        What the call returns; and whether `choose` was asked, for a module that makes its variables runs as it is.
     """
     handle = Handle(mdl, args, kwargs)
     if handle.adapter.initializing(handle.opened):
-        return fn(mdl, *args, **kwargs)
+        return fn(mdl, *args, **kwargs), False
     inputs = Inputs(fn, args, kwargs, (), handle.held)
 
     def body(boundary: Any) -> tuple[Any, Any]:
@@ -58,7 +63,7 @@ def call_rewritten(choose: Choose, fn: Callable[..., Any], mdl: Any, args: tuple
         session.release()
         return outcome.layout.fill(out[:count]), outcome.updates_layout.fill(out[count:])
 
-    return handle.adapter.lift(handle.opened, "params", body)
+    return handle.adapter.lift(handle.opened, "params", body), True
 
 
 def names_in(closed: jex.ClosedJaxpr) -> Iterator[str]:

@@ -46,6 +46,7 @@ def function(*functions: str | Callable[..., Any]) -> Function:
         ArgumentError: none is given, or one has no name.
 
     Example:
+        >>> import jax
         >>> function(jax.nn.relu, "leaky_*")
         function('relu', 'leaky_*')
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from models import MODELS, Model
 from rules import identity
@@ -114,6 +116,29 @@ def test_of_pairs_the_first_that_matches_wins_and_none_leaves_a_module_alone(mad
 def test_a_function_in_the_place_of_a_rule_gives_each_module_its_own(made):
     rule = lambda path, module: Times(2.0) if path[-1] == "head" else None
     assert scaled_layers(made, cv.attach(made.model, rule, where=made.dense)) == {"head"}
+
+
+KERNEL = {
+    "linen": lambda module: module.variables["params"]["kernel"],
+    "nnx": lambda module: module.kernel[...],
+    "haiku": lambda module: module.params_dict()[f"{module.module_name}/w"],
+    "equinox": lambda module: module.weight,
+    "function": lambda module: module.variables["params"]["kernel"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_function_that_gives_rules_sees_the_variables_of_each_call(name):
+    made = MODELS[name]()
+    size = lambda module: jax.lax.stop_gradient(jnp.max(jnp.abs(KERNEL[name](module))))
+    attached = cv.attach(made.model, lambda path, module: Times(size(module)), where="head")
+    sizes = []
+    for scale in (1.0, 3.0):
+        now = dataclasses.replace(made, params=jax.tree.map(lambda leaf, scale=scale: scale * leaf, made.params))
+        (_, _, plain), (_, _, bars) = now.value_and_grad(made.model), now.value_and_grad(attached)
+        sizes += [bar.sum() / own.sum() for bar, own in zip(bars["head"], plain["head"], strict=True)]
+    assert_close(sizes[2:], [3 * one for one in sizes[:2]], rtol=1e-5)  # quotients of rounded sums
+    assert not np.allclose(sizes[0], 1.0)
 
 
 def test_a_second_attachment_is_added_to_the_first(made):

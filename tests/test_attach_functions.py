@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
@@ -117,6 +119,21 @@ def test_a_program_without_a_chosen_function_stays_as_it_is():
     assert_same_bits(jax.value_and_grad(attached)(X), jax.value_and_grad(fn)(X))
 
 
+class LinenNet(nn.Module):
+    """A network that makes its variables while it runs."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(jax.nn.relu(nn.Dense(4)(x)))
+
+
+INITIALISED = {
+    "linen": LinenNet(),
+    "haiku": hk.transform(lambda x: hk.Linear(3)(jax.nn.relu(hk.Linear(4)(x)))),
+}
+APPLIED = {"linen": (), "haiku": (None,)}
+
+
 def test_static_arguments_and_outputs_pass_through_the_rewriting():
     def fn(x, mode, *, scale=1):
         return {"y": scale * jax.nn.relu(x), "mode": mode, "none": None}
@@ -154,6 +171,16 @@ def test_effects_of_a_rewritten_program_happen_once():
     jax.block_until_ready(cv.attach(fn, GuidedBackprop(), where=cv.function("relu"))(jnp.float32(2.0)))
     jax.effects_barrier()
     assert seen == [2.0]
+
+
+@pytest.mark.parametrize("name", sorted(INITIALISED))
+def test_an_attached_model_makes_its_variables_as_the_plain_one(name):
+    model, x = INITIALISED[name], jnp.ones((2, 5))
+    variables = model.init(jax.random.key(0), x)
+    attached = cv.attach(model, GuidedBackprop(), where=cv.function("relu"))
+    assert_same_bits(attached.init(jax.random.key(0), x), variables)
+    with pytest.raises(cv.ArgumentError, match="matches nothing in this call"):
+        cv.attach(model, GuidedBackprop(), where=cv.function("rleu")).apply(variables, *APPLIED[name], x)
 
 
 def test_a_function_needs_a_name():
