@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from plain_cases import X, Y, both, case, describe, product, scanned
 
+from crossvjp.testing import checking_leaks
+
 
 @case
 def a_plain_decorator(custom_vjp, calls):
@@ -354,7 +356,7 @@ def callbacks_in_both_passes(custom_vjp, calls):
 def disabled_jit_and_leak_checks(custom_vjp, calls):
     with jax.disable_jit():
         first = both(jax.jit(product(custom_vjp, calls)))(X, Y)
-    with jax.checking_leaks():
+    with checking_leaks():
         return first, jax.jit(both(product(custom_vjp, calls)))(X, Y), both(jax.jit(product(custom_vjp, calls)))(X, Y)
 
 

@@ -25,7 +25,7 @@ from jax.experimental import io_callback
 from rules import identity
 
 import crossvjp as cv
-from crossvjp.testing import _one_by_one, assert_close, one_by_one
+from crossvjp.testing import _one_by_one, assert_close, checking_leaks, one_by_one
 
 W, X = jnp.array(0.7), jnp.arange(1.0, 4.0)
 Function = Callable[[Any, Any], Any]
@@ -374,7 +374,7 @@ def test_debug_callbacks_inside_run_as_often_as_without_a_rule(mode, name, order
 def test_the_leak_checker_takes_a_variable_of_jax_for_a_leak(mode, make):
     """In `lower_jaxpr`, where an operation reads the result of a custom_vjp call; the report of it may fail too."""
     rule = make()
-    with jax.checking_leaks():
+    with checking_leaks():
         jax.jit(rule)(W, X)
         if mode == "today":
             jax.jit(summed(rule))(W, X)

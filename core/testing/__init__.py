@@ -7,6 +7,7 @@ from ._claims import under_rule as under_rule
 from ._compare import assert_close as assert_close
 from ._compare import assert_same_bits as assert_same_bits
 from ._compare import numbers as numbers
+from ._leaks import checking_leaks as checking_leaks
 from ._one_by_one import one_by_one as one_by_one
 from ._report import Check as Check
 from ._report import CheckError as CheckError

@@ -19,6 +19,7 @@ from .._vjp import variables as snapshot
 from .._vjp import vjp
 from ._compare import assert_close, assert_same_bits
 from ._handles import HANDLE_CHECKS
+from ._leaks import checking_leaks
 from ._report import Check, NotApplicableError, Report, raise_failures, run_all
 from ._subject import Subject, check_subjects
 from ._transforms import TRANSFORMS, inexact_and_others
@@ -296,10 +297,10 @@ def _second_order(subject: Subject) -> None:
 
 
 def _no_leaks(subject: Subject) -> None:
-    for wrap in WRAPS.values():
-        for transform in TRANSFORMS:
-            if transform.name in ("grad(jit)", "jit(grad)", "grad of scan"):
-                with jax.checking_leaks():
+    with checking_leaks():
+        for wrap in WRAPS.values():
+            for transform in TRANSFORMS:
+                if transform.name in ("grad(jit)", "jit(grad)", "grad of scan"):
                     transform.apply(loss_of(subject, wrap(call)))(*arguments(subject))
 
 
