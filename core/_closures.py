@@ -7,9 +7,10 @@ and enter as arguments, and each run gets functions around values of its own tra
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -189,3 +190,16 @@ def refuse_derivative(value: Any, what: str) -> Any:
         )
 
     return pass_on(value)
+
+
+@contextlib.contextmanager
+def hint_at_what_is_not_found(fn: Callable[..., Any]) -> Iterator[None]:
+    """Tells whoever gets JAX's error for a differentiated value where it may come from: no closure led to it."""
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError as error:
+        error.add_note(
+            f"{name_of(fn)} runs under a rule of crossvjp. If it reaches a value that is differentiated as a global, or "
+            "as an attribute of an object that is no pytree, pass that value as an input of the function."
+        )
+        raise

@@ -24,7 +24,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from ._arrays import Layout, as_array, is_inexact, is_ref
 from ._behaviour import Behaviour, Perturbed, Primals, is_coming
 from ._closed_modules import guards_of_modules
-from ._closures import Closures, name_of
+from ._closures import Closures, hint_at_what_is_not_found, name_of
 from ._errors import ArgumentError
 from ._inputs import Handle, Inputs
 from ._own_derivative import Bars, own_pullback, place
@@ -80,7 +80,8 @@ def call_inside(
     call = _OneCall(session, behaviour, functions, optimize_remat)
     closed = functions.closures.take()
     closed += guards_of_modules(session, functions.closures, functions.around, closed)
-    out, updates = call(list(behaviour.arrays), closed, session.variables, session.context, session.inputs.arrays)
+    with hint_at_what_is_not_found(session.fn):
+        out, updates = call(list(behaviour.arrays), closed, session.variables, session.context, session.inputs.arrays)
     session.release()
     return call.layout.fill(map(_as_jax, out)), call.updates_layout.fill(map(_as_jax, updates))
 

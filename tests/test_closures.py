@@ -215,3 +215,18 @@ def test_in_plain_jax_the_same_closures_fail():
 
     with pytest.raises(Exception, match=r"No constant handler|[Tt]racer"):
         jax.grad(jax.jit(loss))(W, jnp.array(2.0))
+
+
+def test_a_differentiated_attribute_of_what_is_no_pytree_gets_a_hint_beside_the_error_of_jax(mode):
+    held = Scaled()
+
+    def product(w, x):
+        return jnp.sum(w * x * held.factor)
+
+    def loss(factor):
+        held.factor = factor
+        return identity.lift(product)(W, X)
+
+    with pytest.raises(jax.errors.JAXTypeError) as caught:
+        jax.grad(loss)(jnp.array(2.0))
+    assert any("product runs under a rule" in note for note in caught.value.__notes__)

@@ -51,7 +51,7 @@ class Move:
     Attributes:
         own: paths below the layer.
         canonical: names of the kind.
-        pieces: what happens on the way from the one to the other, in this order; each takes and gives a tuple of arrays.
+        pieces: what happens on the way, in this order; each takes and gives a tuple of arrays.
     """
 
     own: Sequence[Path]
