@@ -199,7 +199,7 @@ def hint_at_what_is_not_found(fn: Callable[..., Any]) -> Iterator[None]:
         yield
     except jax.errors.UnexpectedTracerError as error:
         error.add_note(
-            f"{name_of(fn)} runs under a rule of crossvjp. If it reaches a value that is differentiated as a global, or "
-            "as an attribute of an object that is no pytree, pass that value as an input of the function."
+            f"{name_of(fn)} runs under a rule of crossvjp. If it reaches a value that is differentiated as a global, "
+            "or as an attribute of an object that is no pytree, pass that value as an input of the function."
         )
         raise
