@@ -56,9 +56,10 @@ def _is_eqx(head: bytes, size: int) -> bool:
 FORMATS = {
     made.name: made
     for made in (
-        Format("pickle", (".pkl", ".pickle"), _is_pickle, "_haiku_pickle", keeps_tuples=True),
-        Format("npz", (".npz",), lambda head, size: head.startswith(b"PK\x03\x04"), "_npz"),
+        # first, since its length may begin like a pickle or msgpack; theirs, read as a length, is longer than any file
         Format("safetensors", (".safetensors",), _is_safetensors, "_safetensors"),
+        Format("pickle", (".pkl", ".pickle"), _is_pickle, "_haiku_pickle", keeps_tuples=True),
+        Format("npz", (".npz",), lambda head, size: head[:4] in (b"PK\x03\x04", b"PK\x05\x06"), "_npz"),
         Format("msgpack", (".msgpack",), _is_msgpack, "_msgpack"),
         Format("eqx", (".eqx",), _is_eqx, "_eqx", by_name=False, keeps_tuples=True),
         Format("orbax", (".orbax",), lambda head, size: False, "_orbax"),
@@ -87,10 +88,11 @@ def format_of(path: Path, name: str | None = None) -> Format:
     wanted = FORMATS[name] if name else found or _by_suffix(path)
     if wanted is None:
         raise FileError(
-            f"{str(path)!r} is of no known format: expected {', '.join(FORMATS)}, found {holds}. If it is one of them, "
-            "it is damaged."
+            f"{str(path)!r} is of no known format: expected {', '.join(sorted(FORMATS))}, found {holds}. If it "
+            "is one of them, it is damaged."
         )
-    if found is not wanted:
+    is_unmarked = found is None and wanted.name == "pickle" and path.stat().st_size  # protocols 0 and 1 have no mark
+    if found is not wanted and not is_unmarked:
         what = f"{found.name}, {holds}" if found else holds
         raise FileError(f"{str(path)!r} is not {wanted.name}: found {what}. It is damaged, or another kind of file.")
     return wanted

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TypeAlias
 
 from crossvjp.adapters.files._errors import FileError
 from crossvjp.adapters.files._trees import Names
 
-Spelling = Callable[[Names], Names]
+Spelling: TypeAlias = Callable[[Names], Names]
+Shapes: TypeAlias = Mapping[Names, tuple[int, ...]]
 
 # How the model's names and the file's are made comparable: `mlp/~/linear` with the key `mlp/~/linear/w`, AlphaFold's
 # `module//w`, and `layers.0.weight`.
@@ -73,19 +74,21 @@ def _spelt(paths: Collection[Names], spelling: Spelling) -> dict[Names, Names] |
     return made if len(made) == len(paths) else None
 
 
-def check(pairs: Mapping[Names, Names], missing: list[Names], extra: list[Names], shapes: Any) -> None:
+def check(
+    pairs: Mapping[Names, Names], missing: list[Names], extra: list[Names], expected: Shapes, found: Shapes
+) -> None:
     """Raises the error that lists all that does not fit.
 
     Args:
         pairs: as `match` gives them.
         missing: as `match` gives them.
         extra: as `match` gives them.
-        shapes: `(model's shapes, file's shapes)`, by path.
+        expected: the model's shapes.
+        found: the file's shapes.
 
     Raises:
         FileError: something is left over, or two shapes differ.
     """
-    expected, found = shapes
     lines = [f"missing in the file: {_text(path)}, shape {expected[path]}" for path in missing]
     lines += [f"not in the model: {_text(path)}, shape {found[path]}" for path in extra]
     lines += [

@@ -15,7 +15,7 @@ import numpy as np
 from crossvjp.adapters.files import _matching
 from crossvjp.adapters.files._errors import FileError
 from crossvjp.adapters.files._formats import Format, format_of
-from crossvjp.adapters.files._trees import Names, flat, named_leaves, text
+from crossvjp.adapters.files._trees import SCALARS, Names, flat, named_leaves, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +81,7 @@ def entries(path: str | os.PathLike[str], *, format: str | None = None) -> tuple
 def _contents(file: Path, found: Format) -> Any:
     tree = _guarded(file, found, found.load().read)
     for names, leaf in flat(tree).items():
-        if (
-            not isinstance(leaf, np.ndarray | np.generic | bool | int | float | complex)
-            or np.asarray(leaf).dtype == object
-        ):
+        if not isinstance(leaf, (np.ndarray, np.generic, *SCALARS)) or np.asarray(leaf).dtype == object:
             raise FileError(f"{str(file)!r} holds no parameters: {text(names)} is {_short(leaf)}.")
     return tree
 
@@ -99,20 +96,16 @@ def _guarded(file: Path, found: Format, function: Callable[[Path], Any]) -> Any:
         raise
     except Exception as error:
         raise FileError(
-            f"{str(file)!r} begins like {found.name} and can't be read as such: it is cut off, damaged, or another kind "
-            f"of file ({type(error).__name__}: {_short(error)})."
+            f"{str(file)!r} begins like {found.name} and can't be read as such: it is cut off, damaged, or another "
+            f"kind of file ({type(error).__name__}: {_short(error)})."
         ) from error
 
 
 def _fill_by_name(leaves: dict[Names, Any], like: Any, file: Path) -> Any:
     expected = {names: leaf for names, leaf in named_leaves(like).items() if _is_array(leaf)}
     pairs, missing, extra = _matching.match(expected, leaves)
-    shapes = (
-        {names: np.shape(leaf) for names, leaf in expected.items()},
-        {at: np.shape(leaf) for at, leaf in leaves.items()},
-    )
     try:
-        _matching.check(pairs, missing, extra, shapes)
+        _matching.check(pairs, missing, extra, _shapes(expected), _shapes(leaves))
     except FileError as error:
         raise FileError(f"{str(file)!r}: {error}") from None
     values = {names: leaves[at] for names, at in pairs.items()}
@@ -139,6 +132,10 @@ def _fill_in_order(file: Path, found: Format, like: Any) -> Any:
             )
         named[names] = code.typed(record, leaf.dtype) if hasattr(leaf, "dtype") else type(leaf)(record.item())
     return jax.tree.structure(like).unflatten(named.values())
+
+
+def _shapes(leaves: dict[Names, Any]) -> dict[Names, tuple[int, ...]]:
+    return {names: np.shape(leaf) for names, leaf in leaves.items()}
 
 
 def _is_array(leaf: Any) -> bool:

@@ -51,7 +51,7 @@ def write(path: str | os.PathLike[str], tree: Any, *, format: str | None = None)
             raise
         except Exception as error:
             raise FileError(
-                f"{str(target)!r} can't be written as {chosen.name} ({type(error).__name__}: {error}). Nothing is written."
+                f"{str(target)!r} can't be written as {chosen.name} ({type(error).__name__}: {error})."
             ) from error
         _compare(temporary, stored, chosen, target)
 
@@ -69,6 +69,8 @@ def refuse_existing(path: Path) -> None:
 @contextlib.contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
     """Gives a place to write to, whose content then appears at the target, or vanishes after an exception."""
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(target.parent)!r} to write {target.name!r} into.")
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     temporary = folder / target.name
     try:
