@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from .._paths import Path
@@ -51,7 +52,7 @@ class Move:
     Attributes:
         own: paths below the layer.
         canonical: names of the kind.
-        pieces: what happens on the way from the one to the other, in this order; each takes and gives a tuple of arrays.
+        pieces: what happens on the way from the one to the other, in this order.
     """
 
     own: Sequence[Path]
@@ -81,6 +82,8 @@ class Layout:
         cls: the framework's class.
         moves: `(layer) -> moves`, of the parameters. Sizes come from the layer's types and attributes.
         state: of the state, if it has any.
+        absent: canonical arrays that layers of the class may lack, and the number that each then stands for. RMSNorm
+            without a bias computes what it would with a bias of 0.
         settings: `(module) -> {name: value}`, what the function depends on besides its arrays, by names that all
             frameworks share ("epsilon", "momentum", "padding"). Compared between the two sides.
     """
@@ -89,4 +92,5 @@ class Layout:
     cls: type
     moves: Callable[[Layer], Sequence[Move]]
     state: StateMove | None = None
+    absent: Mapping[str, float] = MappingProxyType({})
     settings: Callable[[Any], Mapping[str, Any]] = lambda module: {}

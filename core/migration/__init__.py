@@ -1,0 +1,1 @@
+"""Moves trained parameters and state between the layers of different frameworks."""
