@@ -1,1 +1,37 @@
 """Moves trained parameters and state between the layers of different frameworks."""
+
+from ._canonical import moves_of as moves_of
+from ._convert import Converted as Converted
+from ._convert import Remainder as Remainder
+from ._convert import convert as convert
+from ._convert import convert_cotangents as convert_cotangents
+from ._convert import convert_names as convert_names
+from ._convert import convert_second_moments as convert_second_moments
+from ._layer import Arrays as Arrays
+from ._layer import Canonical as Canonical
+from ._layer import Layer as Layer
+from ._layer import Layout as Layout
+from ._layer import Move as Move
+from ._layer import StateMove as StateMove
+from ._padding import padding_of as padding_of
+from ._padding import per_axis as per_axis
+from ._padding import transposed_padding_of as transposed_padding_of
+from ._pieces import AddConstant as AddConstant
+from ._pieces import Concatenate as Concatenate
+from ._pieces import Flip as Flip
+from ._pieces import Identity as Identity
+from ._pieces import Negate as Negate
+from ._pieces import Piece as Piece
+from ._pieces import Rearrange as Rearrange
+from ._pieces import ReorderBlocks as ReorderBlocks
+from ._pieces import Reshape as Reshape
+from ._pieces import Split as Split
+from ._pieces import Transpose as Transpose
+from ._registry import Refusal as Refusal
+from ._registry import held as held
+from ._registry import layout_of as layout_of
+from ._registry import refusal_of as refusal_of
+from ._registry import refuse as refuse
+from ._registry import register_layer as register_layer
+from ._settings import Difference as Difference
+from ._settings import compare_settings as compare_settings

@@ -85,7 +85,9 @@ class Layout:
         absent: canonical arrays that layers of the class may lack, and the number that each then stands for. RMSNorm
             without a bias computes what it would with a bias of 0.
         settings: `(module) -> {name: value}`, what the function depends on besides its arrays, by names that all
-            frameworks share ("epsilon", "momentum", "padding"). Compared between the two sides.
+            frameworks share ("epsilon", "momentum", "padding"). Compared between the two sides. A value may be a
+            function of the `Layer`, for what only its arrays' shapes tell.
+        when: `(module) -> bool`, for which modules of the class this holds; all if left out.
     """
 
     kind: str
@@ -94,3 +96,4 @@ class Layout:
     state: StateMove | None = None
     absent: Mapping[str, float] = MappingProxyType({})
     settings: Callable[[Any], Mapping[str, Any]] = lambda module: {}
+    when: Callable[[Any], bool] | None = None

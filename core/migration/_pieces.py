@@ -140,7 +140,7 @@ class Flip(Piece):
     at: int = 0
 
     def __call__(self, arrays):
-        return _replace(arrays, self.at, _numpy_of(arrays[self.at]).flip(arrays[self.at], self.axes))
+        return _replace(arrays, self.at, numpy_of(arrays[self.at]).flip(arrays[self.at], self.axes))
 
     def inverse(self):
         return self
@@ -167,7 +167,7 @@ class ReorderBlocks(Piece):
 
     def __call__(self, arrays):
         array = arrays[self.at]
-        xp = _numpy_of(array)
+        xp = numpy_of(array)
         ends: Any = len(self.order) if self.sizes is None else tuple(itertools.accumulate(self.sizes))[:-1]
         blocks = xp.split(array, ends, self.axis)
         return _replace(arrays, self.at, xp.concatenate([blocks[block] for block in self.order], self.axis))
@@ -199,7 +199,7 @@ class AddConstant(Piece):
         constants = _by_blocks(array, self.axis, self.constants)
         # A block whose constant is 0 stays as it is: -0.0 + 0.0 would be 0.0.
         added = array + constants.astype(array.dtype)
-        return _replace(arrays, self.at, _numpy_of(array).where(constants == 0, array, added))
+        return _replace(arrays, self.at, numpy_of(array).where(constants == 0, array, added))
 
     def inverse(self):
         return AddConstant(self.axis, tuple(-constant for constant in self.constants), self.at)
@@ -228,7 +228,7 @@ class Negate(Piece):
     def __call__(self, arrays):
         array = arrays[self.at]
         negated = _by_blocks(array, self.axis, self.negated)
-        return _replace(arrays, self.at, _numpy_of(array).where(negated, -array, array))
+        return _replace(arrays, self.at, numpy_of(array).where(negated, -array, array))
 
     def inverse(self):
         return self
@@ -256,7 +256,7 @@ class Split(Piece):
 
     def __call__(self, arrays):
         ends = tuple(itertools.accumulate(self.sizes))[:-1]
-        parts = _numpy_of(arrays[self.at]).split(arrays[self.at], ends, self.axis)
+        parts = numpy_of(arrays[self.at]).split(arrays[self.at], ends, self.axis)
         return (*arrays[: self.at], *parts, *arrays[self.at + 1 :])
 
     def inverse(self):
@@ -283,7 +283,7 @@ class Concatenate(Piece):
 
     def __call__(self, arrays):
         parts = arrays[self.at : self.at + len(self.sizes)]
-        joined = _numpy_of(*parts).concatenate(parts, self.axis)
+        joined = numpy_of(*parts).concatenate(parts, self.axis)
         return (*arrays[: self.at], joined, *arrays[self.at + len(self.sizes) :])
 
     def inverse(self):
@@ -322,7 +322,8 @@ def _inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
-def _numpy_of(*arrays: Any) -> ModuleType:
+def numpy_of(*arrays: Any) -> ModuleType:
+    """Gives the module that handles these arrays: NumPy, or JAX's where one of them is JAX's."""
     return jnp if any(isinstance(array, jax.Array) for array in arrays) else np
 
 
