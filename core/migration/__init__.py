@@ -1,18 +1,23 @@
-"""Moves trained parameters and state between the layers of different frameworks."""
+"""Moves trained parameters and state between the layers and models of different frameworks."""
 
+from .._errors import MigrationError as MigrationError
 from ._canonical import moves_of as moves_of
-from ._convert import Converted as Converted
-from ._convert import Remainder as Remainder
 from ._convert import convert as convert
 from ._convert import convert_cotangents as convert_cotangents
 from ._convert import convert_names as convert_names
 from ._convert import convert_second_moments as convert_second_moments
+from ._convert import Converted as Converted
+from ._convert import Remainder as Remainder
 from ._layer import Arrays as Arrays
 from ._layer import Canonical as Canonical
 from ._layer import Layer as Layer
 from ._layer import Layout as Layout
 from ._layer import Move as Move
 from ._layer import StateMove as StateMove
+from ._migrate import migrate as migrate
+from ._migration import Migration as Migration
+from ._opened import Call as Call
+from ._opened import Opened as Opened
 from ._padding import padding_of as padding_of
 from ._padding import per_axis as per_axis
 from ._padding import transposed_padding_of as transposed_padding_of
@@ -27,11 +32,15 @@ from ._pieces import ReorderBlocks as ReorderBlocks
 from ._pieces import Reshape as Reshape
 from ._pieces import Split as Split
 from ._pieces import Transpose as Transpose
-from ._registry import Refusal as Refusal
 from ._registry import held as held
+from ._registry import layout as layout
 from ._registry import layout_of as layout_of
+from ._registry import Refusal as Refusal
 from ._registry import refusal_of as refusal_of
 from ._registry import refuse as refuse
 from ._registry import register_layer as register_layer
-from ._settings import Difference as Difference
+from ._report import Check as Check
+from ._report import Moved as Moved
+from ._report import Report as Report
 from ._settings import compare_settings as compare_settings
+from ._settings import Difference as Difference
