@@ -29,6 +29,7 @@ from ._pieces import Split as Split
 from ._pieces import Transpose as Transpose
 from ._registry import Refusal as Refusal
 from ._registry import held as held
+from ._registry import layout as layout
 from ._registry import layout_of as layout_of
 from ._registry import refusal_of as refusal_of
 from ._registry import refuse as refuse
