@@ -6,7 +6,7 @@
 | conv, conv_transpose | kernel (spatial.., in / groups, out), bias (out) |
 | layer_norm, rms_norm, group_norm, batch_norm | scale, bias (features) |
 | embedding | embedding (vocabulary, features) |
-| attention | {query, key, value}_kernel (in, heads, size), _bias (heads, size); out_kernel (heads, size, out), out_bias |
+| attention | {query, key, value}_kernel (in, heads, size), _bias (heads, size); out_kernel (heads, size, out), _bias |
 | lstm | input_kernel (in, 4 h), hidden_kernel (h, 4 h), bias (4 h); gates i, f, g, o |
 | gru | input_kernel (in, 3 h), hidden_kernel (h, 3 h), bias (3 h), hidden_bias (h); gates r, z, n |
 | rnn | input_kernel (in, h), hidden_kernel (h, h), bias (h), hidden_bias (h) |
