@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from .._paths import Path
@@ -94,6 +93,6 @@ class Layout:
     cls: type
     moves: Callable[[Layer], Sequence[Move]]
     state: StateMove | None = None
-    absent: Mapping[str, float] = MappingProxyType({})
+    absent: Mapping[str, float] = dataclasses.field(default_factory=dict)
     settings: Callable[[Any], Mapping[str, Any]] = lambda module: {}
     when: Callable[[Any], bool] | None = None

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .._errors import ArgumentError
-from .._paths import Path, show
+from .._paths import show
 from ._layer import Layer, Layout, Move, StateMove
 
 # A layer of a framework can't exist before the framework is imported, so the tables of the others need not be loaded.
@@ -44,7 +44,7 @@ _refused: list[Refusal] = []
 def register_layer(
     cls: type,
     kind: str,
-    moves: Mapping[str | Path, str] | Callable[[Layer], Sequence[Move]],
+    moves: Mapping[Any, str] | Callable[[Layer], Sequence[Move]],
     *,
     state: StateMove | None = None,
     absent: Mapping[str, float] = MappingProxyType({}),
@@ -76,9 +76,23 @@ def register_layer(
         >>> register_layer(Scale, "scale", {"gain": "scale"}, settings={"epsilon": "epsilon"}).kind
         'scale'
     """
-    layout = Layout(kind, cls, _as_moves(moves), state, absent, _as_settings(settings), when)
-    _registered.insert(0, layout)
-    return layout
+    registered = layout(cls, kind, moves, state=state, absent=absent, settings=settings, when=when)
+    _registered.insert(0, registered)
+    return registered
+
+
+def layout(
+    cls: type,
+    kind: str,
+    moves: Mapping[Any, str] | Callable[[Layer], Sequence[Move]],
+    *,
+    state: StateMove | None = None,
+    absent: Mapping[str, float] = MappingProxyType({}),
+    settings: Mapping[str, str] | Callable[[Any], Mapping[str, Any]] = MappingProxyType({}),
+    when: Callable[[Any], bool] | None = None,
+) -> Layout:
+    """Makes a layout from the arguments of `register_layer`, without registering it."""
+    return Layout(kind, cls, _as_moves(moves), state, absent, _as_settings(settings), when)
 
 
 def refuse(kind: str, other: str, reason: str, when: Callable[[Layer, Layer], bool] | None = None) -> Refusal:
@@ -100,11 +114,11 @@ def refuse(kind: str, other: str, reason: str, when: Callable[[Layer, Layer], bo
 
 def layout_of(module: Any) -> Layout | None:
     """Gives the layout of a module: that of its class or, in method resolution order, of a base class."""
-    layouts = [*_registered, *(layout for table in _built_in() for layout in table.LAYOUTS)]
+    layouts = [*_registered, *(ours for table in _built_in() for ours in table.LAYOUTS)]
     for cls in type(module).__mro__:
-        for layout in layouts:
-            if layout.cls is cls and (layout.when is None or layout.when(module)):
-                return layout
+        for candidate in layouts:
+            if candidate.cls is cls and (candidate.when is None or candidate.when(module)):
+                return candidate
     return None
 
 
