@@ -287,7 +287,7 @@ def test_a_file_that_is_cut_off_is_an_error(name: str, cut: float, tmp_path: Pat
     path = saved(tmp_path, name)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * cut) if cut > 0 else -1])
-    with pytest.raises(FileError, match="saved.*(cut off|damaged|does not fit)"):
+    with pytest.raises(FileError, match=r"saved.*(cut off|damaged|does not fit)"):
         files.read(path, TREE)
 
 
@@ -436,7 +436,7 @@ def test_a_writer_that_fails_half_way_leaves_nothing(
 
     monkeypatch.setattr("crossvjp.adapters.files._haiku_pickle.write", half)
     expected = FileError if isinstance(failure, ValueError) else type(failure)
-    with pytest.raises(expected, match="No space|^$|odd"):
+    with pytest.raises(expected, match=r"No space|^$|odd"):
         saved(tmp_path, "pickle")
     assert os.listdir(tmp_path) == []
 

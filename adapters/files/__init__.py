@@ -6,6 +6,7 @@ is written appears whole or not at all, and never in the place of something else
 
 from crossvjp.adapters.files._errors import FileError as FileError
 from crossvjp.adapters.files._formats import FORMATS as FORMATS
+from crossvjp.adapters.files._formats import format_for as format_for
 from crossvjp.adapters.files._formats import format_of as format_of
 from crossvjp.adapters.files._reading import Entry as Entry
 from crossvjp.adapters.files._reading import entries as entries

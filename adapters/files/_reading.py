@@ -108,7 +108,7 @@ def _fill_by_name(leaves: dict[Names, Any], like: Any, file: Path) -> Any:
         _matching.check(pairs, missing, extra, _shapes(expected), _shapes(leaves))
     except FileError as error:
         raise FileError(f"{str(file)!r}: {error}") from None
-    values = {names: leaves[at] for names, at in pairs.items()}
+    values = {names: _as_array(leaves[at], expected[names]) for names, at in pairs.items()}
     treedef = jax.tree.structure(like)
     return treedef.unflatten(values.get(names, leaf) for names, leaf in named_leaves(like).items())
 
@@ -132,6 +132,11 @@ def _fill_in_order(file: Path, found: Format, like: Any) -> Any:
             )
         named[names] = code.typed(record, leaf.dtype) if hasattr(leaf, "dtype") else type(leaf)(record.item())
     return jax.tree.structure(like).unflatten(named.values())
+
+
+def _as_array(leaf: Any, like: Any) -> Any:
+    """Gives a Python number, as which some formats keep scalars, the dtype that the model has for it."""
+    return np.asarray(leaf, like.dtype) if isinstance(leaf, SCALARS) and not hasattr(leaf, "dtype") else leaf
 
 
 def _shapes(leaves: dict[Names, Any]) -> dict[Names, tuple[int, ...]]:

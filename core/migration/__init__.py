@@ -17,6 +17,7 @@ from ._layer import StateMove as StateMove
 from ._migrate import migrate as migrate
 from ._migration import Migration as Migration
 from ._opened import Call as Call
+from ._opened import framework_of as framework_of
 from ._opened import Opened as Opened
 from ._padding import padding_of as padding_of
 from ._padding import per_axis as per_axis

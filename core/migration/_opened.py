@@ -91,3 +91,12 @@ def migration_of(model: Any) -> Migration | None:
         if isinstance(migration, Migration) and migration.owns(model):
             return migration
     return None
+
+
+def framework_of(model: Any) -> str | None:
+    """Names the framework of a model that can be moved, as its adapter is named; `None` for everything else."""
+    for adapter in known_adapters():
+        migration = getattr(adapter, "migration", None)
+        if isinstance(migration, Migration) and migration.owns(model):
+            return adapter.name
+    return None
