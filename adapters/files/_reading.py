@@ -96,8 +96,8 @@ def _guarded(file: Path, found: Format, function: Callable[[Path], Any]) -> Any:
         raise
     except Exception as error:
         raise FileError(
-            f"{str(file)!r} begins like {found.name} and can't be read as such: it is cut off, damaged, or another "
-            f"kind of file ({type(error).__name__}: {_short(error)})."
+            f"{str(file)!r} can't be read as {found.name}: it is cut off, damaged, or another kind of file "
+            f"({type(error).__name__}: {_short(error)})."
         ) from error
 
 

@@ -77,22 +77,32 @@ def _run(job: Job) -> int:
     format = None if job.out is None else files.format_for(job.out, job.formats[1]).name
     if format == "eqx" and framework_of(target) != "Equinox":
         raise UsageError(f"--out {job.out}: the format eqx holds models of Equinox, but {job.target} is none.")
-    console, progress = Console(), Console(stderr=True)
+    console, progress = report.console(), Console(stderr=True)
     with progress.status("Reading"):
         values = _values(job, source, calls, sample)
     try:
         with progress.status("Moving, and comparing the two models"):
-            moved = cv.migrate(values, target, *sample, **calls, mapping=job.mapping, check=False, **job.options)
+            moved = cv.migrate(
+                _saved(source).filled(source, values),
+                target,
+                *sample,
+                **calls,
+                mapping=job.mapping,
+                check=False,
+                **job.options,
+            )
     except cv.CrossVJPError:
         raise
     except Exception:
         traceback.print_exc()
         return _fail("one of the models could not be run; the lines above say where. Nothing is written.", 1)
     report.show(moved.report, console)
+    written = None if format is None else _saved(target).stored(moved, format)
+    report.show_dtypes(values, written, console)
     if not moved.report.proved:
         _fail("the two models don't compute the same.", 1)
     if job.out is not None and (moved.report.proved or job.write_anyway):
-        files.write(job.out, _saved(target).stored(moved, format), format=format)
+        files.write(job.out, written, format=format)
         console.print(f"Written: {job.out}", soft_wrap=True, highlight=False, markup=False)
     else:
         console.print("Nothing is written.", highlight=False)
@@ -111,12 +121,11 @@ def _check_target(out: Path, format: str | None) -> None:
 
 
 def _values(job: Job, source: Any, calls: Mapping[str, Any], sample: Sequence[Any]) -> Any:
-    """Reads the file into the source."""
+    """Reads the file into the places that the source has."""
     saved = _saved(source)
     like = saved.like(source, calls["source_train"] or calls["source_call"], sample)
     ignore = [*job.ignore, *saved.unread(source)]
-    values = files.read(job.params, like, format=job.formats[0], ignore=ignore)
-    return saved.filled(source, jax.tree.map(_on_device, values))
+    return jax.tree.map(_on_device, files.read(job.params, like, format=job.formats[0], ignore=ignore))
 
 
 def _on_device(leaf: Any) -> Any:

@@ -6,8 +6,6 @@ import math
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from crossvjp.adapters import files
 from crossvjp.adapters.migrating import report
 
@@ -24,7 +22,7 @@ def run(path: Path, format: str | None) -> int:
         print(f"crossvjp show: {error}", file=sys.stderr)
         return 2 if isinstance(error, FileNotFoundError) else 1
     count = sum(math.prod(entry.shape) for entry in entries)
-    console = Console()
+    console = report.console()
     console.print(report.listed(entries, f"{path.name} ({found})"))
     console.print(f"{len(entries)} arrays, {count:,} numbers", highlight=False)
     return 0

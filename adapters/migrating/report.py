@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
 from crossvjp.adapters.files import Entry
 from crossvjp.migration import Report
+
+
+def console() -> Console:
+    """Makes the console; a file or a pipe gets lines that are wide enough for long paths."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def show(report: Report, console: Console) -> None:
@@ -27,6 +35,16 @@ def show(report: Report, console: Console) -> None:
         console.print("Settings that differ:", highlight=False)
         for difference in report.settings:
             console.print(f"  {_plain(difference.text)}", soft_wrap=True, highlight=False)
+
+
+def show_dtypes(read: Any, written: Any, console: Console) -> None:
+    """Says so if the new file has other dtypes than the old one; the values are the same, as the move saw to it."""
+    before, after = (
+        sorted({leaf.dtype.name for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")})
+        for tree in (read, written)
+    )
+    if after and before != after:
+        console.print(f"Dtypes: {', '.join(before)} before, {', '.join(after)} now.", highlight=False)
 
 
 def _proof(report: Report) -> Table:
