@@ -300,7 +300,7 @@ def test_a_checkpoint_that_lacks_its_arrays_is_damaged(params: Any, tmp_path: Pa
     done = run_alone("pass", "show", tmp_path / "params.orbax")
     assert done.returncode == 1
     assert "crossvjp show: " in done.stderr
-    assert "can't be read as such: it is cut off, damaged" in done.stderr
+    assert "params.orbax' can't be read as orbax: it is cut off, damaged" in done.stderr
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import ml_dtypes
 import numpy as np
 
 from crossvjp.adapters.files._errors import FileError
@@ -27,7 +28,7 @@ def records(path: Path) -> list[np.ndarray]:
         file.readline()
     made = []
     while file.tell() < len(content):
-        made.append(np.load(file, allow_pickle=False))
+        made.append(typed(np.load(file, allow_pickle=False)))
     return made
 
 
@@ -36,11 +37,9 @@ def is_kept(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic, *SCALARS))
 
 
-def typed(record: np.ndarray, dtype: Any) -> np.ndarray:
-    """Gives bytes, as which bfloat16 is written, their dtype back."""
-    if record.dtype.kind == "V" and record.dtype.itemsize == np.dtype(dtype).itemsize:
-        return record.view(dtype)
-    return record
+def typed(record: np.ndarray) -> np.ndarray:
+    """Gives bytes, as which bfloat16 is written, their dtype back; it is the only one of two bytes that NumPy lacks."""
+    return record.view(ml_dtypes.bfloat16) if record.dtype == np.dtype("V2") else record
 
 
 def write(path: Path, tree: Any) -> None:

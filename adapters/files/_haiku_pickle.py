@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from crossvjp.adapters.files._errors import FileError
-from crossvjp.adapters.files._trees import array
+from crossvjp.adapters.files._trees import nested
 
 
 class _Call:
@@ -107,4 +107,4 @@ def plain(tree: Any, where: tuple[str, ...] = ()) -> Any:
     if isinstance(tree, list | tuple):
         made = [plain(value, (*where, str(index))) for index, value in enumerate(tree)]
         return made if isinstance(tree, list) else tuple(made)
-    return tree if tree is None or isinstance(tree, bool | int | float | complex) else array(tree, where)
+    return tree if tree is None else nested(tree, where)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping
-from typing import TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from crossvjp.adapters.files._errors import FileError
-from crossvjp.adapters.files._trees import Names
+from crossvjp.adapters.files._trees import Names, kind, text
 
 Spelling: TypeAlias = Callable[[Names], Names]
-Shapes: TypeAlias = Mapping[Names, tuple[int, ...]]
 
 # How the model's names and the file's are made comparable: `mlp/~/linear` with the key `mlp/~/linear/w`, AlphaFold's
 # `module//w`, and `layers.0.weight`.
@@ -75,7 +76,11 @@ def _spelt(paths: Collection[Names], spelling: Spelling) -> dict[Names, Names] |
 
 
 def check(
-    pairs: Mapping[Names, Names], missing: list[Names], extra: list[Names], expected: Shapes, found: Shapes
+    pairs: Mapping[Names, Names],
+    missing: Sequence[Names],
+    extra: Sequence[Names],
+    expected: Mapping[Names, Any],
+    found: Mapping[Names, Any],
 ) -> None:
     """Raises the error that lists all that does not fit.
 
@@ -83,26 +88,24 @@ def check(
         pairs: as `match` gives them.
         missing: as `match` gives them.
         extra: as `match` gives them.
-        expected: the model's shapes.
-        found: the file's shapes.
+        expected: the model's arrays.
+        found: the file's arrays.
 
     Raises:
-        FileError: something is left over, or two shapes differ.
+        FileError: something is left over, or shapes or kinds of numbers differ.
     """
-    lines = [f"missing in the file: {_text(path)}, shape {expected[path]}" for path in missing]
-    lines += [f"not in the model: {_text(path)}, shape {found[path]}" for path in extra]
-    lines += [
-        f"shapes differ: the model has {expected[path]} at {_text(path)}, the file {found[there]} at {_text(there)}"
-        for path, there in pairs.items()
-        if expected[path] != found[there]
-    ]
+    lines = [f"missing in the file: {text(path)}, shape {np.shape(expected[path])}" for path in missing]
+    lines += [f"not in the model: {text(path)}, shape {np.shape(found[path])}" for path in extra]
+    for path, there in pairs.items():
+        one, other = expected[path], found[there]
+        if np.shape(one) != np.shape(other):
+            shapes = f"the model has {np.shape(one)} at {text(path)}, the file {np.shape(other)} at {text(there)}"
+            lines.append(f"shapes differ: {shapes}")
+        elif kind(one) != kind(other) and not (isinstance(other, int) and kind(one) == "floats"):
+            lines.append(f"the model has {kind(one)} at {text(path)}, the file {kind(other)} at {text(there)}")
     collections = sorted({path[0] for path in missing} - {path[0] for path in pairs}) if pairs else []
     if collections:
         lines.insert(0, f"the file has no {' and no '.join(map(repr, collections))}")
     if lines:
         shown = [*lines[:20], *([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])]
         raise FileError("The file does not fit the model:\n" + "\n".join(f"  - {line}" for line in shown))
-
-
-def _text(path: Names) -> str:
-    return repr("/".join(path))

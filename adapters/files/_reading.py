@@ -15,7 +15,7 @@ import numpy as np
 from crossvjp.adapters.files import _matching
 from crossvjp.adapters.files._errors import FileError
 from crossvjp.adapters.files._formats import Format, format_of
-from crossvjp.adapters.files._trees import SCALARS, Names, flat, named_leaves, text
+from crossvjp.adapters.files._trees import SCALARS, Names, flat, kind, named_leaves, text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _fill_by_name(leaves: dict[Names, Any], like: Any, file: Path) -> Any:
     expected = {names: leaf for names, leaf in named_leaves(like).items() if _is_array(leaf)}
     pairs, missing, extra = _matching.match(expected, leaves)
     try:
-        _matching.check(pairs, missing, extra, _shapes(expected), _shapes(leaves))
+        _matching.check(pairs, missing, extra, expected, leaves)
     except FileError as error:
         raise FileError(f"{str(file)!r}: {error}") from None
     values = {names: _as_array(leaves[at], expected[names]) for names, at in pairs.items()}
@@ -130,17 +130,18 @@ def _fill_in_order(file: Path, found: Format, like: Any) -> Any:
                 f"{str(file)!r} does not fit the model: at {text(names)} the model has the shape {np.shape(leaf)}, the "
                 f"file's array in that place {record.shape}."
             )
-        named[names] = code.typed(record, leaf.dtype) if hasattr(leaf, "dtype") else type(leaf)(record.item())
+        if kind(leaf) != kind(record):
+            raise FileError(
+                f"{str(file)!r} does not fit the model: at {text(names)} the model has {kind(leaf)}, the file's array "
+                f"in that place is of {record.dtype}."
+            )
+        named[names] = record if hasattr(leaf, "dtype") else type(leaf)(record.item())
     return jax.tree.structure(like).unflatten(named.values())
 
 
 def _as_array(leaf: Any, like: Any) -> Any:
     """Gives a Python number, as which some formats keep scalars, the dtype that the model has for it."""
     return np.asarray(leaf, like.dtype) if isinstance(leaf, SCALARS) and not hasattr(leaf, "dtype") else leaf
-
-
-def _shapes(leaves: dict[Names, Any]) -> dict[Names, tuple[int, ...]]:
-    return {names: np.shape(leaf) for names, leaf in leaves.items()}
 
 
 def _is_array(leaf: Any) -> bool:

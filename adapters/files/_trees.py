@@ -100,6 +100,13 @@ def text(path: Names) -> str:
     return repr("/".join(path)) if path else "The whole"
 
 
+def kind(leaf: Any) -> str:
+    """Says what numbers an array or a Python number holds."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    kinds = {"booleans": np.bool_, "integers": np.integer, "floats": np.floating, "complex numbers": np.complexfloating}
+    return next((name for name, group in kinds.items() if jax.dtypes.issubdtype(dtype, group)), str(dtype))
+
+
 def named_leaves(tree: Any) -> dict[Names, Any]:
     """Lists the leaves of any pytree by the names along their key paths."""
     found: dict[Names, Any] = {}
