@@ -123,7 +123,7 @@ def heads(use_bias: bool) -> Case:
         {
             "linen": lambda dtype: nn.MultiHeadAttention(2, qkv_features=6, out_features=7, use_bias=use_bias),
             "nnx": lambda dtype: nnx.MultiHeadAttention(
-                2, 8, 6, out_features=7, use_bias=use_bias, decode=False, rngs=rngs()
+                2, 8, 6, out_features=7, use_bias=use_bias, decode=False, rngs=rngs(), attention_fn=precise(dtype)
             ),
             "haiku": lambda dtype: hk.MultiHeadAttention(
                 2, 3, w_init=hk.initializers.RandomNormal(), model_size=7, with_bias=use_bias
@@ -134,6 +134,11 @@ def heads(use_bias: bool) -> Case:
         },
         dict.fromkeys(("linen", "nnx", "haiku"), attended) | {"equinox": lambda m, x, y: jax.vmap(m)(x, y, y)},
     )
+
+
+def precise(dtype: Any) -> Any:
+    """Gives Linen's attention for float64: NNX's own takes its softmax in float32."""
+    return nn.dot_product_attention if dtype == jnp.float64 else nnx.dot_product_attention
 
 
 def on_flat(module: Any, x: Any) -> Any:
@@ -312,7 +317,9 @@ CASES: dict[str, Case] = {
         lambda: (draw(2, 5, 8), draw(2, 4, 8, seed=2)),
         {
             "linen": lambda dtype: nn.MultiHeadAttention(2, normalize_qk=True),
-            "nnx": lambda dtype: nnx.MultiHeadAttention(2, 8, 8, normalize_qk=True, decode=False, rngs=rngs()),
+            "nnx": lambda dtype: nnx.MultiHeadAttention(
+                2, 8, 8, normalize_qk=True, decode=False, rngs=rngs(), attention_fn=precise(dtype)
+            ),
         },
         {"linen": attended, "nnx": attended},
     ),
@@ -358,7 +365,7 @@ CASES: dict[str, Case] = {
 def equinox_batch_norm(module: Any, state: Any, x: Any, inference: bool) -> Any:
     """Runs Equinox's batch norm over a batch, channels last."""
     run = functools.partial(module, inference=inference)
-    out, state = jax.vmap(run, "batch", (0, None), (0, None))(jnp.moveaxis(x, -1, 1), state)
+    out, state = jax.vmap(run, (0, None), (0, None), axis_name="batch")(jnp.moveaxis(x, -1, 1), state)
     return jnp.moveaxis(out, 1, -1), state
 
 
