@@ -42,7 +42,7 @@ class Side:
     train: Call | None
 
 
-def prove(
+def proof(
     moving: Moving,
     source: Side,
     target: Side,
