@@ -74,18 +74,24 @@ class OpenedEquinox:
         leaves, treedef = self.held
         return jax.tree.unflatten(treedef, leaves)
 
+    def _places(self, model: Any) -> dict[Path, int]:
+        """Says which leaf of the state each array is; `State.set` would ask for its weak type too."""
+        leaves, treedef = self.held
+        numbered = jax.tree.unflatten(treedef, list(range(len(leaves))))
+        return {
+            (*path, *below): number
+            for path, index in _indices(model)
+            for below, number in _flat(numbered.get(index)).items()
+        }
+
     def _read(self, model: Any, state: Any) -> Arrays:
-        found: Arrays = {}
-        for path, index in _indices(model):
-            found |= {(*path, *below): leaf for below, leaf in _flat(state.get(index)).items()}
-        return found
+        leaves = jax.tree.leaves(state)
+        return {path: leaves[number] for path, number in self._places(model).items()}
 
     def _written(self, model: Any, arrays: Arrays) -> Any:
-        state = self._fresh_state()
-        for path, index in _indices(model):
-            fill = lambda key_path, leaf, path=path: arrays.get((*path, *path_of(key_path)), leaf)
-            state = state.set(index, jax.tree_util.tree_map_with_path(fill, state.get(index)))
-        return state
+        leaves, treedef = self.held
+        named = {number: path for path, number in self._places(model).items()}
+        return jax.tree.unflatten(treedef, [arrays[named[i]] if i in named else x for i, x in enumerate(leaves)])
 
 
 class EquinoxMigration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from .._errors import ArgumentError
 from .._paths import show
 from ._layer import Arrays, Canonical, Layer, Layout, Move
-from ._pieces import convert_by, inverse_of
+from ._pieces import Piece, convert_by, inverse_of
 from ._registry import titled
 
 
@@ -61,9 +62,15 @@ def own_of(layer: Layer, moves: list[Move], canonical: Canonical, part: str) -> 
 
 
 def types_of(layer: Layer, move: Move) -> dict[str, Any]:
-    own = tuple(jax.ShapeDtypeStruct(layer.params[path].shape, layer.params[path].dtype) for path in move.own)
-    types = jax.eval_shape(lambda arrays: convert_by(move.pieces, arrays), own)
-    return dict(zip(move.canonical, types, strict=True))
+    """Gives the types of the canonical arrays that a layer's own arrays become."""
+    own = tuple((tuple(layer.params[path].shape), np.dtype(layer.params[path].dtype)) for path in move.own)
+    return dict(zip(move.canonical, _types_after(tuple(move.pieces), own), strict=True))
+
+
+@functools.lru_cache(maxsize=4096)
+def _types_after(pieces: tuple[Piece, ...], own: tuple[tuple[tuple[int, ...], Any], ...]) -> tuple[Any, ...]:
+    arrays = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in own)
+    return jax.eval_shape(lambda arrays: convert_by(pieces, arrays), arrays) if pieces else arrays
 
 
 def constants_of(moves: list[Move], params: Arrays) -> Canonical:
@@ -88,7 +95,10 @@ def filled_of(source: Layer, layout: Layout, target: Layer, back: list[Move], ca
     if lacking := [name for name in missing if name not in layout.absent]:
         raise no_place(target, source, lacking)
     types = {name: kind for move in back for name, kind in types_of(target, move).items()}
-    return {name: np.full(types[name].shape, layout.absent[name], types[name].dtype) for name in missing}
+    dtypes = [array.dtype for array in canonical.values()]  # as all that is converted, of the source's
+    return {
+        name: np.full(types[name].shape, layout.absent[name], (dtypes or [types[name].dtype])[0]) for name in missing
+    }
 
 
 def no_place(having: Layer, lacking: Layer, names: list[str]) -> ArgumentError:

@@ -13,7 +13,7 @@ from ._moving import Moving
 from ._opened import Call, Opened, migration_of
 from ._pairing import Candidate, Pair, paired
 from ._pieces import Identity
-from ._proof import Side, prove
+from ._proof import Side, proof
 from ._registry import layout_of
 from ._report import Moved, Report
 from ._settings import compare_settings
@@ -32,6 +32,7 @@ def migrate(
     steps: int = 3,
     learning_rate: float = 0.1,
     tolerance: float | None = None,
+    prove: bool = True,
     check: bool = True,
 ) -> Migration:
     """Moves a trained model to a rewrite of it in another framework, and proves that it computes the same.
@@ -59,6 +60,8 @@ def migrate(
         learning_rate: of these steps, along gradients whose norm is clipped to 1.
         tolerance: how far figures may be apart, in units of the largest entry of their array; if left out, 1e-9 for
             float64, 1e-4 for float32, 2e-2 for float16, 1e-1 for bfloat16, by the coarsest dtype of the models.
+        prove: whether both models run on the sample to be compared. If not, layers are paired and converted alone, and
+            the sample may be `jax.ShapeDtypeStruct`s.
         check: whether a proof that fails is an error; if not, see `.report.proved`.
 
     Returns:
@@ -96,19 +99,20 @@ def migrate(
         Side(other, params, state, target_call, target_train),
     )
     report = Report([_moved(pair) for pair in pairs], [], _settings(pairs), (one.framework, other.framework))
-    try:
-        checks = prove(moving, *sides, sample, steps=steps, learning_rate=learning_rate, tolerance=tolerance)
-    except MigrationError as error:
-        error.report = report
-        raise
-    report = dataclasses.replace(report, checks=checks)
-    if check and not report.proved:
-        error = MigrationError(
-            "The two models don't compute the same. With `check=False` the moved model is returned all the same.\n\n"
-            f"{report.proof()}"
-        )
-        error.report = report
-        raise error
+    if prove:
+        try:
+            checks = proof(moving, *sides, sample, steps=steps, learning_rate=learning_rate, tolerance=tolerance)
+        except MigrationError as error:
+            error.report = report
+            raise
+        report = dataclasses.replace(report, checks=checks)
+        if check and not report.proved:
+            error = MigrationError(
+                "The two models don't compute the same. With `check=False` the moved model is returned all the same.\n\n"
+                f"{report.proof()}"
+            )
+            error.report = report
+            raise error
     return Migration(model, variables, handle, report, left, (target_call, target_train), moving)
 
 
@@ -177,7 +181,8 @@ def _settings(pairs: Sequence[Pair]) -> list[Any]:
 
 def _moved(pair: Pair) -> Moved:
     mine, theirs = pair
-    shapes = " ".join(f"{name}[{','.join(map(str, shape))}]" for name, shape in mine.shapes.items())
+    named = [f"{name}[{','.join(map(str, shape))}]" for name, shape in mine.shapes.items()]
+    shapes = " ".join(named if len(named) <= 3 else [*named[:2], f"and {len(named) - 2} more"])
     used = [_pieces(mine), [*reversed(_pieces(theirs))]]
     pieces = " ".join(dict.fromkeys(name for names in used for name in names))
     return Moved(mine.name, mine.place.class_name, theirs.name, theirs.place.class_name, shapes, pieces)

@@ -42,7 +42,7 @@ class Side:
     train: Call | None
 
 
-def prove(
+def proof(
     moving: Moving,
     source: Side,
     target: Side,
@@ -100,8 +100,12 @@ def _gradients(side: Side, sample: Sequence[Any]) -> _Figures:
         leaves = [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
         return [leaf for leaf in leaves if is_inexact(leaf)], leaves
 
-    y, pullback, leaves = jax.vjp(run, params, [arrays[index] for index in moved], has_aux=True)
-    params_bar, inputs_bar = pullback([_random(index, leaf) for index, leaf in enumerate(y)])
+    @jax.jit
+    def figures(params: Arrays, inputs: Sequence[Any]) -> tuple[Any, Any, Any]:
+        y, pullback, leaves = jax.vjp(run, params, inputs, has_aux=True)
+        return leaves, *pullback([_random(index, leaf) for index, leaf in enumerate(y)])
+
+    leaves, params_bar, inputs_bar = figures(params, [arrays[index] for index in moved])
     named = lambda name, values: {(f"{name} {index}",): value for index, value in enumerate(values)}
     zeros = {path: jnp.zeros_like(array, jnp.float32) for path, array in fixed.items()}
     return _Figures(named("output", leaves), named("input", inputs_bar), {**params_bar, **zeros})
@@ -117,12 +121,17 @@ def _trained(side: Side, sample: Sequence[Any], steps: int, rate: float) -> tupl
         y = [leaf for leaf in jax.tree.leaves(out) if is_inexact(leaf)]
         return sum(jnp.mean(jnp.abs(leaf - _random(i, leaf)) ** 2) for i, leaf in enumerate(y)), (y, state)
 
-    for step in range(steps):
+    @jax.jit
+    def stepped(params: Arrays, state: Arrays) -> tuple[Arrays, Arrays, list[Any]]:
         bars, (y, state) = jax.grad(loss, has_aux=True)(params, state)
-        outputs |= {(f"step {step + 1}", f"output {index}"): leaf for index, leaf in enumerate(y)}
         norm = jnp.sqrt(sum(jnp.sum(jnp.abs(bar) ** 2) for bar in bars.values()))
         scale = rate / jnp.maximum(1.0, norm)
-        params = {path: (array - scale * bars[path].conj()).astype(array.dtype) for path, array in params.items()}
+        moved = {path: (array - scale * bars[path].conj()).astype(array.dtype) for path, array in params.items()}
+        return moved, state, y
+
+    for step in range(steps):
+        params, state, y = stepped(params, state)
+        outputs |= {(f"step {step + 1}", f"output {index}"): leaf for index, leaf in enumerate(y)}
     return outputs, {**params, **fixed}, state
 
 

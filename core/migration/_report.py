@@ -74,8 +74,8 @@ class Report:
 
     @property
     def proved(self) -> bool:
-        """Whether everything that was compared is within the tolerance."""
-        return all(check.holds for check in self.checks)
+        """Whether something was compared, and all of it is within the tolerance."""
+        return bool(self.checks) and all(check.holds for check in self.checks)
 
     def __str__(self) -> str:
         """Gives the tables."""
@@ -90,7 +90,7 @@ class Report:
         return "\n\n".join(part for part in parts if part)
 
     def proof(self) -> str:
-        """Gives the part that says whether the two models are the same, and what keeps them from it."""
+        """Tables the figures, the part that says whether the two models are the same, and what keeps them from it."""
         rows = [
             (
                 check.what,
@@ -103,7 +103,7 @@ class Report:
         ]
         parts = [table(("compared", "difference", "absolute", "", "largest at"), rows)] if rows else []
         if self.settings:
-            head = "Settings that differ:" if self.proved else "Settings that differ, the likely cause:"
+            head = "Settings that differ:" if self.proved or not rows else "Settings that differ, the likely cause:"
             parts.append("\n".join([head, *(f"  {difference.text}" for difference in self.settings)]))
         return "\n\n".join(parts)
 

@@ -79,8 +79,8 @@ class _Observation:
         self._is_inside = False
 
     def __call__(self, visit: Visit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._is_inside:
-            return visit.plain(*args, **kwargs)
+        if self._is_inside or not hasattr(type(visit.module), visit.method):
+            return visit.plain(*args, **kwargs)  # what a lifted transform makes of a module is no method of its own
         if self._layout_of(visit.module) is None:
             self.order[visit.path] = None
             return visit.plain(*args, **kwargs)
