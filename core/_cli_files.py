@@ -38,8 +38,8 @@ def add_migrate(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, metavar="FILE", help="the new file, by whose suffix its format is chosen")
     where.add_argument("--dry-run", action="store_true", help="write nothing")
-    parser.add_argument("--from-format", choices=_FORMATS, help="of PARAMS; found out by its content")
-    parser.add_argument("--to-format", choices=_FORMATS, help="of FILE; by its suffix")
+    parser.add_argument("--from-format", choices=_FORMATS, help="of PARAMS; found out by its content if left out")
+    parser.add_argument("--to-format", choices=_FORMATS, help="of FILE; by its suffix if left out")
     parser.add_argument(
         "--mapping",
         nargs="+",
@@ -59,8 +59,15 @@ def add_migrate(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
             metavar="FUNCTION",
             help=f"module:name of `(mdl, *sample) -> y`, by which the {side} is called {while_training}",
         )
-    parser.add_argument("--tolerance", type=_positive, help="how far figures may be apart, relative; by dtype")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="of training that are compared; 3")
+    parser.add_argument(
+        "--tolerance",
+        type=_positive,
+        metavar="X",
+        help="how far figures may be apart, in units of an array's largest entry",
+    )
+    parser.add_argument(
+        "--steps", type=_count, default=3, metavar="N", help="of training that are compared; 3 by default"
+    )
     parser.add_argument("--write-anyway", action="store_true", help="write even if the models differ; ends with code 1")
     parser.set_defaults(run=_migrate)
 
@@ -122,6 +129,12 @@ def _pair(text: str) -> tuple[str, str | None]:
     if not equals or not source:
         raise argparse.ArgumentTypeError(f"must be SOURCE=TARGET, but is {text!r}")
     return source, target or None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 on, but is {text!r}")
+    return int(text)
 
 
 def _positive(text: str) -> Any:

@@ -21,6 +21,7 @@ from flax import nnx, serialization
 from crossvjp import _cli
 from crossvjp._cli_files import _FORMATS
 from crossvjp.adapters import files
+from crossvjp.adapters.migrating import nnx as nnx_files
 
 X = jnp.linspace(-1.0, 1.0, 10).reshape(5, 2)
 CALLED = {"equinox": "saved_models:batched"}
@@ -100,7 +101,7 @@ def test_state_goes_along_in_a_haiku_pickle_and_in_collections(
     assert command(pickled, "stateful_haiku", "StatefulLinen", "--out", str(linen), *calls) == 0
     expected = net.apply(params, state, X, False)[0]
     got = saved_models.StatefulLinen().apply(files.read(linen), X, False)
-    np.testing.assert_allclose(got, expected, atol=1e-6)  # the frameworks order the same sums differently
+    np.testing.assert_allclose(np.asarray(got), expected, atol=1e-6)  # the frameworks order the same sums differently
 
     assert command(linen, "StatefulLinen", "stateful_haiku", "--out", str(back), *calls) == 0
     returned = files.read(back)
@@ -146,6 +147,17 @@ def test_a_training_state_is_read_if_the_rest_is_ignored(params: Any, tmp_path: 
     assert command(path, "haiku", "Linen", "--dry-run", "--ignore", "step", "opt/*") == 0
     assert "Nothing is written." in capsys.readouterr().out
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_random_streams_in_a_state_of_nnx_are_passed_over(tmp_path: Path) -> None:
+    model = saved_models.Nnx()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "whole", nnx.state(model))
+    like = nnx_files.like(model, None, ())
+    with pytest.raises(files.FileError, match="not in the model: 'dropout/rngs/key/value'"):
+        files.read(tmp_path / "whole", like)
+    values = files.read(tmp_path / "whole", like, ignore=nnx_files.unread(model))
+    np.testing.assert_array_equal(values["a"]["kernel"], model.a.kernel[...])
 
 
 def test_64_bits_need_jax_to_have_them(params: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,6 +275,7 @@ def test_a_damaged_file_is_an_error_of_both_commands(
         (["p", "--mapping", "a"], "argument --mapping: must be SOURCE=TARGET, but is 'a'"),
         (["p", "--tolerance", "0"], "argument --tolerance: must be a number above 0, but is '0'"),
         (["p", "--tolerance", "some"], "argument --tolerance: must be a number above 0, but is 'some'"),
+        (["p", "--steps", "-1"], "argument --steps: must be an integer from 0 on, but is '-1'"),
         (["p", "--from-format", "torch"], "invalid choice: 'torch'"),
     ],
 )

@@ -46,9 +46,9 @@ def _encoded(characters: str, encoding: str) -> bytes:
     return characters.encode("latin1")
 
 
-_MULTIARRAY = np.zeros(0).__reduce__()[0]
-_FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
-_SCALAR = np.float32(0).__reduce__()[0]
+_RECONSTRUCT: Any = np.zeros(0).__reduce__()[0]
+_FROM_BUFFER: Any = np.zeros(1).__reduce_ex__(5)[0]
+_SCALAR: Any = np.float32(0).__reduce__()[0]
 _DTYPES = [name for name in dir(ml_dtypes) if isinstance(getattr(ml_dtypes, name), type)]
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -64,7 +64,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
         (f"numpy.{core}.{module}", name): _Call(function)
         for core in ("core", "_core")
         for module, name, function in [
-            ("multiarray", "_reconstruct", _MULTIARRAY),
+            ("multiarray", "_reconstruct", _RECONSTRUCT),
             ("multiarray", "scalar", _SCALAR),
             ("numeric", "_frombuffer", _FROM_BUFFER),
         ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from crossvjp.adapters.files._errors import FileError
@@ -52,7 +53,7 @@ def nested(tree: Any, where: Names = ()) -> Any:
 
 def array(leaf: Any, where: Names = ()) -> np.ndarray:
     """Gives a leaf as a NumPy array of the same dtype, in this machine's byte order."""
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise FileError(f"{text(where)} is a random key, which no file format holds; keep `jax.random.key_data` of it.")
     made = np.asarray(leaf)
     if made.dtype.kind not in "biufcV" or made.dtype.hasobject or made.dtype.names:
@@ -76,7 +77,7 @@ def empties(tree: Any, where: Names = ()) -> Iterator[Names]:
             yield from empties(value, (*where, name))
 
 
-def planted(leaves: Mapping[Names, Any], empty: Iterator[Names] | list[Names] = ()) -> dict[str, Any]:  # pyright: ignore[reportArgumentType]
+def planted(leaves: Mapping[Names, Any], empty: Iterable[Names] = ()) -> dict[str, Any]:
     """Makes dicts in dicts of arrays by path.
 
     Raises:
@@ -104,7 +105,7 @@ def kind(leaf: Any) -> str:
     """Says what numbers an array or a Python number holds."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     kinds = {"booleans": np.bool_, "integers": np.integer, "floats": np.floating, "complex numbers": np.complexfloating}
-    return next((name for name, group in kinds.items() if jax.dtypes.issubdtype(dtype, group)), str(dtype))
+    return next((name for name, group in kinds.items() if jnp.issubdtype(dtype, group)), str(dtype))
 
 
 def named_leaves(tree: Any) -> dict[Names, Any]:
