@@ -31,12 +31,16 @@ class Rewrite:
         trained: makes one with values, as `migrate` takes a source.
         call: how it is called.
         train: how it is called in training.
+        apart: takes a model with values apart, into `(params, state)`.
+        run: `(params, state, images, train) -> (y, state)`, as the framework's users write it.
     """
 
     target: Callable[[], Any]
     trained: Callable[[], Any]
     call: Callable[..., Any]
     train: Callable[..., Any]
+    apart: Callable[[Any], tuple[Any, Any]]
+    run: Callable[..., tuple[Any, Any]]
 
     def calls(self, side: str) -> dict[str, Any]:
         """Gives the arguments of `migrate` for the model as its "source" or "target"."""
@@ -192,9 +196,48 @@ def _flagged(train: bool) -> Callable[..., Any]:
 
 _FLAGGED = _flagged(False), _flagged(True)
 
+
+def _linen_apart(bound: Any) -> tuple[Any, Any]:
+    return bound.variables["params"], {"batch_stats": bound.variables["batch_stats"]}
+
+
+def _linen_run(params: Any, state: Any, images: Any, train: bool) -> tuple[Any, Any]:
+    return LinenNet().apply({"params": params, **state}, images, TOKENS, train, mutable=["batch_stats"])
+
+
+def _haiku_run(params: Any, state: Any, images: Any, train: bool) -> tuple[Any, Any]:
+    return haiku_net().apply(params, state, None, images, TOKENS, train)
+
+
+def _nnx_apart(model: Any) -> tuple[Any, Any]:
+    return nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+
+
+def _nnx_run(params: Any, state: Any, images: Any, train: bool) -> tuple[Any, Any]:
+    model = NnxNet(nnx.Rngs(5))
+    nnx.update(model, params, state)
+    return model(images, TOKENS, train), nnx.state(model, nnx.BatchStat)
+
+
+def _equinox_apart(pair: Any) -> tuple[Any, Any]:
+    model, state = pair
+    return eqx.filter(model, eqx.is_inexact_array), jax.tree.map(lambda leaf: leaf, state)
+
+
+def _equinox_run(params: Any, state: Any, images: Any, train: bool) -> tuple[Any, Any]:
+    rest = eqx.filter(_equinox_target()[0], eqx.is_inexact_array, inverse=True)
+    return _equinox_call(train)(eqx.combine(params, rest), jax.tree.map(lambda leaf: leaf, state), images, TOKENS)
+
+
+def _haiku_apart(net: Any) -> tuple[Any, Any]:
+    return net.params, net.state
+
+
 REWRITES = {
-    "linen": Rewrite(LinenNet, _linen_trained, *_FLAGGED),
-    "haiku": Rewrite(haiku_net, _haiku_trained, *_FLAGGED),
-    "nnx": Rewrite(lambda: NnxNet(nnx.Rngs(5)), _nnx_trained, *_FLAGGED),
-    "equinox": Rewrite(_equinox_target, _equinox_trained, _equinox_call(False), _equinox_call(True)),
+    "linen": Rewrite(LinenNet, _linen_trained, *_FLAGGED, _linen_apart, _linen_run),
+    "haiku": Rewrite(haiku_net, _haiku_trained, *_FLAGGED, _haiku_apart, _haiku_run),
+    "nnx": Rewrite(lambda: NnxNet(nnx.Rngs(5)), _nnx_trained, *_FLAGGED, _nnx_apart, _nnx_run),
+    "equinox": Rewrite(
+        _equinox_target, _equinox_trained, _equinox_call(False), _equinox_call(True), _equinox_apart, _equinox_run
+    ),
 }
