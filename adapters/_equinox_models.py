@@ -51,6 +51,11 @@ class EquinoxModels:
         self, model: Any, attachment: Attachment, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], Any]:
         running = Running(attachment, rows=[])
+        program = on_types(self.recording(model, running), args, kwargs)
+        return running.rows or [], program
+
+    def recording(self, model: Any, running: Running) -> Any:
+        """Gives a copy of the plain model that only tells of its calls."""
         classes: dict[type, type | None] = {}
         members = {
             "__annotations__": {"crossvjp_path": Place},
@@ -64,9 +69,7 @@ class EquinoxModels:
             made = classes[base]
             return module if made is None else _of_class(made, module, crossvjp_path=Place(path))
 
-        model = _walk(model, (), recorded)
-        program = on_types(model, args, kwargs)
-        return running.rows or [], program
+        return _walk(model, (), recorded)
 
     def intercepting(self, running: Running) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 
 from crossvjp import HandleError
 from crossvjp.adapters._haiku_frames import run_inner
+from crossvjp.adapters._haiku_transformed import takes_rng
 from crossvjp.extend import Ambient, Attachment, Running, Visit, ambient, entered, on_types, types_of
 
 _KINDS = (hk.Transformed, hk.TransformedWithState, hk.MultiTransformed, hk.MultiTransformedWithState)
@@ -59,7 +59,7 @@ class HaikuModels:
         made = types_of(init, args, kwargs)
         variables = made if isinstance(model, hk.TransformedWithState) else (made,)
 
-        rng = (key,) if _takes_rng(model, len(variables)) else ()
+        rng = (key,) if takes_rng(model, len(variables)) else ()
 
         def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
             return model.apply(*variables, *rng, *args, **kwargs)
@@ -104,12 +104,6 @@ def _under(function: Callable[..., Any], attachment: Attachment, *, initializing
         return out
 
     return run
-
-
-def _takes_rng(model: Any, variables: int) -> bool:
-    """Says whether `apply` takes a key; under `hk.without_apply_rng` it does not, and `init` still does."""
-    init, apply = (len(inspect.signature(function).parameters) for function in (model.init, model.apply))
-    return apply == init + variables
 
 
 def _parameters(module: hk.Module) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,23 @@ class BoundTransformed:
         return self.apply(self.params, self.state, self.rng, *args, **kwargs)
 
 
+@dataclasses.dataclass(frozen=True)
+class _WithoutRng:
+    """An `apply` under `hk.without_apply_rng`, called with a key all the same. Equal for equal functions, for JAX."""
+
+    apply: Callable[..., Any]
+    variables: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.apply(*args[: self.variables], *args[self.variables + 1 :], **kwargs)
+
+
+def takes_rng(model: Any, variables: int) -> bool:
+    """Says whether `apply` takes a key; under `hk.without_apply_rng` it does not, and `init` still does."""
+    init, apply = (len(inspect.signature(function).parameters) for function in (model.init, model.apply))
+    return apply == init + variables
+
+
 def bind(
     transformed: hk.Transformed | hk.TransformedWithState, params: Any, state: Any = None, *, rng: Any = None
 ) -> BoundTransformed:
@@ -40,7 +58,7 @@ def bind(
         transformed: what `hk.transform` or `hk.transform_with_state` returned.
         params: the parameters.
         state: the state; for `hk.TransformedWithState`, and only there.
-        rng: the key that `apply` gets, or `None`.
+        rng: the key that `apply` gets, or `None`; under `hk.without_apply_rng` it gets none.
 
     Returns:
         A callable pytree. `handle(*args)` is `transformed.apply(params, [state,] rng, *args)`.
@@ -54,7 +72,9 @@ def bind(
             f"`bind` of a {type(transformed).__name__} takes "
             + ("`params` and `state`, but got no state." if needs_state else "`params` alone, but got a state too.")
         )
-    return BoundTransformed(params, state, rng, transformed.apply)
+    variables = 1 + needs_state
+    apply = transformed.apply if takes_rng(transformed, variables) else _WithoutRng(transformed.apply, variables)
+    return BoundTransformed(params, state, rng, apply)
 
 
 class TransformedAdapter:

@@ -46,19 +46,23 @@ class NnxModels:
         self, model: Any, attachment: Attachment, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], Any]:
         running = Running(attachment, rows=[])
-        model = nnx.clone(model)
-        for paths, module in _modules(model):
-            place = {"crossvjp_path": Place(paths[0])}
-            made = recording_class(type(module), nnx.Module, _as_plain, running, _parameters, place)
-            if made is not None:
-                _set_class(module, made)
-        graphdef, state = nnx.split(model)
+        graphdef, state = nnx.split(self.recording(model, running))
 
         def run(state: Any, *args: Any, **kwargs: Any) -> Any:
             return nnx.merge(graphdef, state)(*args, **kwargs)
 
         program = on_types(run, (state, *args), kwargs)
         return running.rows or [], program
+
+    def recording(self, model: Any, running: Running) -> Any:
+        """Gives a copy of the plain model that only tells of its calls."""
+        model = nnx.clone(model)
+        for paths, module in _modules(model):
+            place = {"crossvjp_path": Place(paths[0])}
+            made = recording_class(type(module), nnx.Module, _as_plain, running, _parameters, place)
+            if made is not None:
+                _set_class(module, made)
+        return model
 
     def intercepting(self, running: Running) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

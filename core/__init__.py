@@ -20,6 +20,7 @@ from ._errors import ArgumentError as ArgumentError
 from ._errors import CotangentError as CotangentError
 from ._errors import CrossVJPError as CrossVJPError
 from ._errors import HandleError as HandleError
+from ._errors import MigrationError as MigrationError
 from ._highway import Highway as Highway
 from ._plain import CustomVJP as CustomVJP
 from ._pullback import Pullback as Pullback
@@ -32,3 +33,4 @@ from ._sites import sites as sites
 from ._vjp import variables as variables
 from ._vjp import vjp as vjp
 from ._where import function as function
+from .migration import migrate as migrate

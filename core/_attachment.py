@@ -204,11 +204,18 @@ def _nothing(choice: Choice, sites: Sequence[tuple[Path, str]], functions: Seque
 class Running:
     """An attached model while it runs: what its interceptors ask, and what the run met."""
 
-    def __init__(self, attachment: Attachment, prefix: Path = (), rows: list[Any] | None = None):
+    def __init__(
+        self,
+        attachment: Attachment,
+        prefix: Path = (),
+        rows: list[Any] | None = None,
+        observe: Callable[[Visit, tuple[Any, ...], dict[str, Any]], Any] | None = None,
+    ):
         self.attachment = attachment
         self.token = attachment.token
         self.prefix = prefix
         self.rows = rows
+        self.observe = observe  # makes every call in the place of what follows here
         self.sites: list[tuple[Path, str]] = []
         self.functions: list[str] | None = None
 
@@ -250,6 +257,8 @@ class Running:
         key = (self.attachment.token, visit.site)
         if key in around.inside or not _is_public(visit.method):
             return visit.plain(*args, **kwargs)
+        if self.observe is not None:
+            return self.observe(visit, args, kwargs)
         name = type(visit.module).__name__
         self.sites.append((visit.path, name))
         found = self.attachment.rule_at(visit.path, visit.module, visit.method)

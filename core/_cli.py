@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ._cli_files import add_migrate, add_show
+
 _FRAMEWORKS = ("linen", "nnx", "haiku", "equinox")
 
 
@@ -19,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process by default.
 
     Returns:
-        The exit code: 0 for success, 1 if the frameworks disagree, 2 if a package is missing.
+        The exit code: 0 for success, 1 if the frameworks disagree or parameters can't be moved, 2 if a package or
+        a file is missing.
 
     Raises:
         SystemExit: an argument is wrong, with code 2; or help was asked for, with code 0.
@@ -30,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_tour(commands.add_parser)
+    add_migrate(commands.add_parser)
+    add_show(commands.add_parser)
     options = parser.parse_args(argv)
     return options.run(options)
 

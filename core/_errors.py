@@ -1,4 +1,4 @@
-"""The errors of the library: one base, three kinds."""
+"""The errors of the library: one base, four kinds."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ class ArgumentError(CrossVJPError, TypeError, ValueError):
 
 class CotangentError(CrossVJPError, TypeError, ValueError):
     """A cotangent has the wrong order, structure, shape or dtype; JAX raises a `TypeError` or a `ValueError` for it."""
+
+
+class MigrationError(CrossVJPError, ValueError):
+    """A model can't be moved as asked: layers without a counterpart, of other shapes or other functions; or it differs.
+
+    Attributes:
+        report: what is known of the two models, if both could be traced.
+    """
+
+    report: object = None

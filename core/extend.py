@@ -4,6 +4,7 @@ from ._ambient import Ambient as Ambient
 from ._ambient import ambient as ambient
 from ._ambient import entered as entered
 from ._arrays import Static as Static
+from ._arrays import is_array as is_array
 from ._arrays import is_inexact as is_inexact
 from ._attachment import Attachment as Attachment
 from ._attachment import Row as Row

@@ -51,7 +51,7 @@ class Move:
     Attributes:
         own: paths below the layer.
         canonical: names of the kind.
-        pieces: what happens on the way, in this order; each takes and gives a tuple of arrays.
+        pieces: what happens on the way from the one to the other, in this order.
     """
 
     own: Sequence[Path]
@@ -81,12 +81,18 @@ class Layout:
         cls: the framework's class.
         moves: `(layer) -> moves`, of the parameters. Sizes come from the layer's types and attributes.
         state: of the state, if it has any.
+        absent: canonical arrays that layers of the class may lack, and the number that each then stands for. RMSNorm
+            without a bias computes what it would with a bias of 0.
         settings: `(module) -> {name: value}`, what the function depends on besides its arrays, by names that all
-            frameworks share ("epsilon", "momentum", "padding"). Compared between the two sides.
+            frameworks share ("epsilon", "momentum", "padding"). Compared between the two sides. A value may be a
+            function of the `Layer`, for what only its arrays' shapes tell.
+        when: `(module) -> bool`, for which modules of the class this holds; all if left out.
     """
 
     kind: str
     cls: type
     moves: Callable[[Layer], Sequence[Move]]
     state: StateMove | None = None
+    absent: Mapping[str, float] = dataclasses.field(default_factory=dict)
     settings: Callable[[Any], Mapping[str, Any]] = lambda module: {}
+    when: Callable[[Any], bool] | None = None

@@ -1,0 +1,1 @@
+"""How the layers of each framework keep their arrays, one table a framework."""
