@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from crossvjp.adapters._equinox_host import EquinoxHosting
 from crossvjp.adapters._equinox_models import EquinoxModels
 from crossvjp.adapters.pytree import ValueBoundary
 from crossvjp.extend import Body, Predicate, held_channel, predicate, unknown_choice
@@ -19,6 +20,7 @@ class EquinoxAdapter:
     by_reference = False
     finds_closures = False
     models = EquinoxModels()
+    hosting = EquinoxHosting()
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, eqx.Module)

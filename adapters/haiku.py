@@ -17,6 +17,7 @@ import jax
 
 from crossvjp import HandleError
 from crossvjp.adapters._haiku_frames import Frame, MissedError, refuse_frames, touched_by
+from crossvjp.adapters._haiku_host import HaikuHosting
 from crossvjp.adapters._haiku_models import HaikuModels
 from crossvjp.adapters._haiku_transformed import TransformedAdapter
 from crossvjp.adapters._haiku_transformed import bind as bind
@@ -74,6 +75,7 @@ class HaikuAdapter:
     by_reference = True
     finds_closures = True  # by running, see `_find`
     models = HaikuModels()
+    hosting = HaikuHosting()
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, hk.Module) or (isinstance(mdl, types.FunctionType) and _inside_transform())

@@ -18,6 +18,7 @@ from flax.core import FrozenDict, Scope
 from flax.core.scope import in_filter
 
 from crossvjp import ArgumentError, HandleError
+from crossvjp.adapters._linen_host import LinenHosting
 from crossvjp.adapters._linen_models import LinenModels
 from crossvjp.adapters._linen_modules import Ambient, ClosedScopes, OpenedModule, ScopeFacts, spend
 from crossvjp.extend import Body, Partition, Predicate, predicate, run_and_publish, unknown_choice
@@ -111,6 +112,7 @@ class LinenAdapter:
     by_reference = True
     finds_closures = False
     models = LinenModels()
+    hosting = LinenHosting()
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, nn.Module | Scope)

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from crossvjp import HandleError
+from crossvjp.adapters._nnx_host import NnxHosting
 from crossvjp.adapters._nnx_models import NnxModels
 from crossvjp.adapters._nnx_structure import check_structure
 from crossvjp.extend import Body, Predicate, check_selected, is_inexact, predicate, run_and_publish, unknown_choice
@@ -113,6 +114,7 @@ class NnxAdapter:
     by_reference = True
     finds_closures = False
     models = NnxModels()
+    hosting = NnxHosting()
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, nnx.Pytree | nnx.Variable)

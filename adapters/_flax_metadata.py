@@ -1,0 +1,43 @@
+"""Metadata of Flax variables, between the boxes of Linen and the Variables of NNX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+from flax.nnx.bridge import variables as bridge
+
+
+def boxed(variable: nnx.Variable[Any]) -> Any:
+    """Gives a Variable's value, in a box if there is metadata.
+
+    A sharding becomes `nn.Partitioned`, which Linen's transforms keep up when they add an axis. What else there
+    is goes into the box that Flax's own bridge has for it.
+    """
+    if bridge.is_vanilla_variable(variable):
+        return variable.get_raw_value()
+    metadata = _beyond_vanilla(variable)
+    if set(metadata) <= {"out_sharding", "mesh"} and metadata.get("out_sharding") is not None:
+        return nn.Partitioned(variable.get_raw_value(), names=metadata["out_sharding"], mesh=metadata.get("mesh"))
+    return bridge.to_linen_var(variable)
+
+
+def _beyond_vanilla(variable: nnx.Variable[Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in variable.get_metadata().items()
+        if name not in nnx.Variable.required_metadata and not (name.endswith("_hooks") and value == ())
+    }
+
+
+def unboxed(value: Any) -> Any:
+    """Takes a value out of its box."""
+    return value.unbox() if isinstance(value, nn.meta.AxisMetadata) else value
+
+
+def variable_of(collection: str, value: Any) -> nnx.Variable[Any]:
+    """Makes a Variable of a value of a collection, with the metadata of its box."""
+    if isinstance(value, nnx.bridge.NNXMeta):
+        return value.to_nnx_variable()
+    return bridge.to_nnx_var(collection, value)
