@@ -11,6 +11,7 @@ import jax
 
 from crossvjp import HandleError
 from crossvjp.extend import (
+    Alike,
     Keys,
     Leaves,
     Path,
@@ -24,7 +25,7 @@ from crossvjp.extend import (
 )
 
 
-class EquinoxGuest:
+class EquinoxGuest(Alike):
     """An Equinox module with its values, or a function of `key` that makes one.
 
     Floating arrays are parameters, as Equinox marks no others; other arrays are buffers. State stands where its
@@ -34,6 +35,7 @@ class EquinoxGuest:
     def __init__(self, model: Any, make: Callable[..., Any] | None):
         self._model = model
         self._make = make
+        super().__init__(model if make is None else make, has_values=make is None)
 
     @functools.cached_property
     def _structure(self) -> Any:

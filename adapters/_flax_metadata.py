@@ -9,6 +9,18 @@ from flax import nnx
 from flax.nnx.bridge import variables as bridge
 
 
+def collection_of(leaf: Any) -> str:
+    """Names the collection of a leaf of an NNX module: "params" for all that is trained, in every host."""
+    if not isinstance(leaf, nnx.Variable):
+        return "buffers"
+    if isinstance(leaf, nnx.Param):
+        return "params"
+    try:
+        return nnx.variable_name_from_type(type(leaf))
+    except ValueError:  # a type that has no other name than its own
+        return type(leaf).__name__
+
+
 def boxed(variable: nnx.Variable[Any]) -> Any:
     """Gives a Variable's value, in a box if there is metadata.
 

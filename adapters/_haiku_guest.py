@@ -9,10 +9,10 @@ from typing import Any
 import haiku as hk
 
 from crossvjp.adapters._haiku_transformed import BoundTransformed
-from crossvjp.extend import Keys, Leaves, Variables, changed, note_missing_key
+from crossvjp.extend import Alike, Keys, Leaves, Variables, changed, note_missing_key
 
 
-class HaikuGuest:
+class HaikuGuest(Alike):
     """A transformed function; one that is bound to parameters and state has these."""
 
     methods: frozenset[str] = frozenset()
@@ -20,6 +20,7 @@ class HaikuGuest:
     def __init__(self, transformed: hk.Transformed | hk.TransformedWithState | BoundTransformed):
         self._transformed: Any = transformed
         self._is_bound = isinstance(transformed, BoundTransformed)
+        super().__init__(transformed, has_values=self._is_bound)
         if isinstance(transformed, BoundTransformed):
             self._has_state = transformed.state is not None
         else:

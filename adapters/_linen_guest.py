@@ -8,10 +8,10 @@ from typing import Any
 import flax.errors
 import flax.linen as nn
 
-from crossvjp.extend import Keys, Variables, changed, flat, nested, note_missing_key, public_methods
+from crossvjp.extend import Alike, Keys, Variables, changed, flat, nested, note_missing_key, public_methods
 
 
-class LinenGuest:
+class LinenGuest(Alike):
     """A Linen module; one that is bound to variables has these.
 
     A host with one key gives that as Flax takes a single key, for all streams; a host whose streams have names
@@ -19,12 +19,14 @@ class LinenGuest:
     """
 
     def __init__(self, module: nn.Module, streams: tuple[str, ...] | None):
+        given, is_bound = module, module.scope is not None
         self._values: Variables | None = None
-        if module.scope is not None:
+        if is_bound:
             module, held = module.unbind()
             self._values = _flat(held)
         self._module: Any = module
         self._streams = streams
+        super().__init__(given if is_bound else (given, streams), has_values=is_bound)
         names = public_methods(type(module), nn.Module)
         self.methods = frozenset(names) - {"setup", "__call__"}
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from flax import nnx
 
 from crossvjp import HandleError
-from crossvjp.adapters._flax_metadata import boxed, unboxed
+from crossvjp.adapters._flax_metadata import boxed, collection_of, unboxed
 from crossvjp.adapters._nnx_structure import check_structure
-from crossvjp.extend import Keys, Path, Variables, changed, public_methods
+from crossvjp.extend import Alike, Keys, Path, Variables, public_methods
 
+_Counts: TypeAlias = dict[tuple[Any, ...], tuple[str, Any]]
 _GRAPH = True  # opens every module that tree mode opens, and shared variables besides
 
 
-class NnxGuest:
+class NnxGuest(Alike):
     """An NNX module with its values, or a function of `rngs` that makes one with the host's keys.
 
     Its random streams get keys of the host at each call, as by `nnx.reseed`, and are no variables of the host.
@@ -26,6 +27,7 @@ class NnxGuest:
     def __init__(self, module: nnx.Module | None, make: Callable[..., Any] | None):
         self._module = None if module is None else nnx.clone(module)  # later writes to the original stay out
         self._make = make
+        super().__init__(module if make is None else make, has_values=make is None)
 
     @functools.cached_property
     def _structure(self) -> tuple[Any, list[tuple[tuple[Any, ...], Any]]]:
@@ -50,35 +52,30 @@ class NnxGuest:
         self, variables: Variables, keys: Keys, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Any, Variables]:
         graphdef, template = self._structure
-        given = {path: value for leaves in variables.values() for path, value in leaves.items()}
+        plain = {name: {path: unboxed(value) for path, value in held.items()} for name, held in variables.items()}
+        given = {path: value for held in plain.values() for path, value in held.items()}
         leaves = [_filled(path, leaf, given) for path, leaf in template]
         module = nnx.merge(graphdef, leaves, copy=True)
-        names = sorted({leaf.tag for _, leaf in template if isinstance(leaf, nnx.RngKey)})
-        found = keys.spread(names)
+        tags = sorted({leaf.tag for _, leaf in template if isinstance(leaf, nnx.RngKey)})
+        found = keys.spread(tags)
         nnx.reseed(module, graph=_GRAPH, policy="match_shape", **found)
         counts = _counts(module)
         out = (module if method == "__call__" else getattr(module, method))(*args, **kwargs)
-        after_def, after = _flattened(module)
-        if after_def != graphdef:
+        graphdef_after, after = _flattened(module)
+        if graphdef_after != graphdef:
             check_structure(nnx.merge(graphdef, leaves, copy=True), module)
-        drawn = [
-            tag for path, (tag, count) in _counts(module).items() if counts.get(path, (tag, count))[1] is not count
-        ]
-        if not set(drawn) <= set(found):
+        _check_drawn(counts, _counts(module), set(found))
+        written = [(path, leaf) for path, leaf in after if _raw(leaf) is not given.get(tuple(map(str, path)))]
+        return out, _variables(written)
+
+
+def _check_drawn(before: _Counts, after: _Counts, found: set[str]) -> None:
+    for path, (tag, count) in after.items():
+        if tag not in found and path in before and count is not before[path][1]:
             raise HandleError(
-                f"The guest drew from its stream {next(tag for tag in drawn if tag not in found)!r}, but its host has "
-                "no PRNG key for it: give the host one, as its framework has it."
+                f"The guest drew from its stream {tag!r}, but its host has no PRNG key for it: give the host one, as "
+                "its framework has it."
             )
-        before = {
-            collection: {path: unboxed(value) for path, value in held.items()} for collection, held in variables.items()
-        }
-        new = {path for held in changed(_variables(after, raw=True), before).values() for path in held}
-        boxes = _variables(after)
-        return out, {
-            collection: chosen
-            for collection, held in boxes.items()
-            if (chosen := {path: value for path, value in held.items() if path in new})
-        }
 
 
 def _flattened(module: Any) -> tuple[Any, list[tuple[tuple[Any, ...], Any]]]:
@@ -90,27 +87,18 @@ def _values(leaves: list[tuple[tuple[Any, ...], Any]]) -> list[Any]:
     return [leaf for _, leaf in leaves]
 
 
-def _variables(leaves: list[tuple[tuple[Any, ...], Any]], *, raw: bool = False) -> Variables:
+def _raw(leaf: Any) -> Any:
+    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _variables(leaves: list[tuple[tuple[Any, ...], Any]]) -> Variables:
     """Sorts leaves by collection, without what belongs to random streams."""
     found: Variables = {}
     for path, leaf in leaves:
         if not isinstance(leaf, nnx.RngState):
-            is_variable = isinstance(leaf, nnx.Variable)
-            value = (leaf.get_raw_value() if raw else boxed(leaf)) if is_variable else leaf
-            found.setdefault(_collection(leaf), {})[tuple(map(str, path))] = value
+            value = boxed(leaf) if isinstance(leaf, nnx.Variable) else leaf
+            found.setdefault(collection_of(leaf), {})[tuple(map(str, path))] = value
     return found
-
-
-def _collection(leaf: Any) -> str:
-    """Names the collection of a leaf: "params" for all that is trained, as every host must know that."""
-    if not isinstance(leaf, nnx.Variable):
-        return "buffers"
-    if isinstance(leaf, nnx.Param):
-        return "params"
-    try:
-        return nnx.variable_name_from_type(type(leaf))
-    except ValueError:
-        return type(leaf).__name__
 
 
 def _filled(path: tuple[Any, ...], leaf: Any, given: Mapping[Path, Any]) -> Any:
@@ -126,7 +114,7 @@ def _filled(path: tuple[Any, ...], leaf: Any, given: Mapping[Path, Any]) -> Any:
     return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
 
 
-def _counts(module: Any) -> dict[tuple[Any, ...], tuple[str, Any]]:
+def _counts(module: Any) -> _Counts:
     return {
         path: (leaf.tag, leaf.get_raw_value()) for path, leaf in _flattened(module)[1] if isinstance(leaf, nnx.RngCount)
     }

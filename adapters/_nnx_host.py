@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from crossvjp import HandleError
-from crossvjp.adapters._flax_metadata import boxed, unboxed, variable_of
+from crossvjp.adapters._flax_metadata import boxed, collection_of, unboxed, variable_of
 from crossvjp.adapters._nnx_guest import NnxGuest
 from crossvjp.extend import (
     Guest,
@@ -86,13 +86,9 @@ class Hosted(nnx.Module):
         moved = {where: (place[0], place[1:]) for place, where in self.places}
         found: dict[str, dict[Path, nnx.Variable[Any]]] = {}
         for path, variable in _walk({name: held for name, held in vars(self).items() if name not in _OWN}):
-            collection, path = moved.get(path, (_name_of(variable), path))
+            collection, path = moved.get(path, (collection_of(variable), path))
             found.setdefault(collection, {})[path] = variable
         return found
-
-
-def _name_of(variable: nnx.Variable[Any]) -> str:
-    return nnx.variable_name_from_type(type(variable))
 
 
 def _walk(tree: Mapping[str, Any], path: Path = ()) -> list[tuple[Path, nnx.Variable[Any]]]:

@@ -10,6 +10,7 @@ import jax
 
 from crossvjp import HandleError
 from crossvjp.extend import (
+    Alike,
     Guest,
     Keys,
     Options,
@@ -22,7 +23,7 @@ from crossvjp.extend import (
 )
 
 
-class PlainGuest:
+class PlainGuest(Alike):
     """A pair `(init, apply)`, or a `Partial` of `apply` and its values.
 
     A dict of "params" and more holds collections, of which `apply` returns those that it changed beside its output.
@@ -36,6 +37,7 @@ class PlainGuest:
         self._apply = apply
         self._values = values
         self._structure: Any = None
+        super().__init__(values if init is None else (init, apply), has_values=init is None)
 
     def init(self, keys: Keys, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variables:
         values = self._values if self._init is None else self._made(keys.for_parameters(), args, kwargs)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 
+from ._arrays import Static
 from ._errors import HandleError
 from ._paths import Path
 
@@ -88,6 +89,29 @@ class Guest(Protocol):
             What the method returned, and the variables that it changed or made.
         """
         ...
+
+
+class Alike:
+    """Guests that are equal if the same model was given: frameworks compare modules by their static parts.
+
+    Args:
+        given: what was given.
+        has_values: whether it has its variables already; then it is equal to itself alone, as its values count.
+    """
+
+    def __init__(self, given: Any, *, has_values: bool):
+        self._given = given
+        self._has_values = has_values
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Alike) or type(self) is not type(other) or self._has_values != other._has_values:
+            return False
+        if self._has_values:
+            return self._given is other._given
+        return Static(self._given) == Static(other._given)
+
+    def __hash__(self) -> int:
+        return hash((type(self), type(self._given)))
 
 
 def flat(tree: Any) -> Leaves:

@@ -14,6 +14,7 @@ from ._boundary import Body as Body
 from ._boundary import run_and_publish as run_and_publish
 from ._channel_variables import flat_name as flat_name
 from ._channel_variables import held_channel as held_channel
+from ._guest import Alike as Alike
 from ._guest import Guest as Guest
 from ._guest import Keys as Keys
 from ._guest import Leaves as Leaves
