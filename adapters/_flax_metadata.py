@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 from flax import nnx
 from flax.nnx.bridge import variables as bridge
 
@@ -50,6 +51,11 @@ def unboxed(value: Any) -> Any:
 
 def variable_of(collection: str, value: Any) -> nnx.Variable[Any]:
     """Makes a Variable of a value of a collection, with the metadata of its box."""
-    if isinstance(value, nnx.bridge.NNXMeta):
-        return value.to_nnx_variable()
-    return bridge.to_nnx_var(collection, value)
+    if not isinstance(value, nn.meta.AxisMetadata):
+        return bridge.to_nnx_var(collection, value)
+    # Without a mesh NNX would refuse to make a Variable with a sharding, though nothing is to be moved.
+    has_mesh = not jax.sharding.get_abstract_mesh().empty or getattr(value, "mesh", None) is not None
+    with nnx.use_eager_sharding(nnx.using_eager_sharding() and has_mesh):
+        if isinstance(value, nnx.bridge.NNXMeta):
+            return value.to_nnx_variable()
+        return bridge.to_nnx_var(collection, value)

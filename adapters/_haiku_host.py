@@ -12,7 +12,7 @@ import jax
 from crossvjp import HandleError
 from crossvjp.adapters._haiku_guest import HaikuGuest
 from crossvjp.adapters._haiku_transformed import BoundTransformed
-from crossvjp.extend import Guest, Keys, Options, Path, Variables, is_array
+from crossvjp.extend import Guest, Keys, Options, Path, Variables, hosted_at, is_array
 
 
 class Hosted(hk.Module):
@@ -43,10 +43,11 @@ class Hosted(hk.Module):
     def _call_method(self, method: str, *args: Any, **kwargs: Any) -> Any:
         # Haiku has one sequence of keys, and no streams with names.
         keys = Keys(lambda stream: hk.maybe_next_rng_key(), (), hk.maybe_next_rng_key)
-        if hk.running_init():
-            self._make(self.guest.init(keys, method, args, kwargs))
-        out, updates = self.guest.apply(self._read(), keys, method, args, kwargs)
-        if not hk.running_init():
+        with hosted_at(tuple(self.module_name.split("/"))):
+            if hk.running_init():
+                self._make(self.guest.init(keys, method, args, kwargs))
+            out, updates = self.guest.apply(self._read(), keys, method, args, kwargs)
+        if not hk.running_init():  # Haiku keeps initial values
             for collection, leaves in updates.items():
                 for path, value in leaves.items() if collection != "intermediates" else ():
                     self._place((collection, *path))._set_state(path[-1], _bare(value))

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from crossvjp.adapters._linen_guest import LinenGuest
-from crossvjp.extend import Guest, Keys, Leaves, Options, Variables, flat, merged, nested
+from crossvjp.extend import Guest, Keys, Leaves, Options, Variables, flat, hosted_at, merged, nested
 
 
 class Hosted(nn.Module):
@@ -26,14 +26,14 @@ class Hosted(nn.Module):
         """Calls a method of the guest."""
         keys = Keys(self._key, self.streams, lambda: self.make_rng("params") if self.has_rng("params") else None)
         variables = _read(self)
-        if self.is_initializing():
-            made = self.guest.init(keys, method, args, kwargs)
-            variables = merged(made, variables)  # what another call has made stays
-            self._write(variables, made)
-            out, _ = self.guest.apply(variables, keys, method, args, kwargs)
-            return out
-        out, updates = self.guest.apply(variables, keys, method, args, kwargs)
-        self._write(merged(variables, updates), updates)
+        with hosted_at(self.path):
+            if self.is_initializing():
+                made = self.guest.init(keys, method, args, kwargs)
+                variables = merged(made, variables)  # what another call has made stays
+                self._write(variables, made)
+            out, updates = self.guest.apply(variables, keys, method, args, kwargs)
+        if not self.is_initializing():  # Flax keeps initial values
+            self._write(merged(variables, updates), updates)
         return out
 
     def __getattr__(self, name: str) -> Any:
@@ -75,7 +75,11 @@ class LinenHosting:
         return LinenGuest(model, options.given.get("streams")) if isinstance(model, nn.Module) else None
 
     def own(self, model: Any, options: Options) -> Any:
-        if not isinstance(model, nn.Module) or model.scope is not None:
+        if not isinstance(model, nn.Module):
+            return None
+        if isinstance(model.parent, nn.Module):  # a field of the module that is running
+            return model
+        if model.scope is not None:
             return None
         name = options.taken("Linen", ("name",), sample=False)["name"]
         fields = [field.name for field in dataclasses.fields(model) if field.init]

@@ -63,7 +63,7 @@ class NnxGuest(Alike):
         out = (module if method == "__call__" else getattr(module, method))(*args, **kwargs)
         graphdef_after, after = _flattened(module)
         if graphdef_after != graphdef:
-            check_structure(nnx.merge(graphdef, leaves, copy=True), module)
+            check_structure(nnx.merge(graphdef, leaves, copy=True), module, "a host")
         _check_drawn(counts, _counts(module), set(found))
         written = [(path, leaf) for path, leaf in after if _raw(leaf) is not given.get(tuple(map(str, path)))]
         return out, _variables(written)

@@ -31,6 +31,9 @@ class ChannelVariable(nnx.Variable[Any]):
     """A channel out of the backward pass as a variable of a module."""
 
 
+nnx.register_variable_name("channels", ChannelVariable)  # the collection that Linen has them in
+
+
 class _Spent:
     """What a Variable of a finished run holds, so that reading it is an error and not a stale value."""
 

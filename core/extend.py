@@ -10,6 +10,7 @@ from ._attachment import Attachment as Attachment
 from ._attachment import Row as Row
 from ._attachment import Running as Running
 from ._attachment import Visit as Visit
+from ._attachment import hosted_at as hosted_at
 from ._boundary import Body as Body
 from ._boundary import run_and_publish as run_and_publish
 from ._channel_variables import flat_name as flat_name
