@@ -113,6 +113,10 @@ class Alike:
     def __hash__(self) -> int:
         return hash((type(self), type(self._given)))
 
+    def __repr__(self) -> str:
+        given = self._given
+        return f"{type(self).__name__}({given.__name__ if isinstance(given, type) else type(given).__name__})"
+
 
 def flat(tree: Any) -> Leaves:
     """Lists what stands in nested mappings, by paths."""

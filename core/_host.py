@@ -29,12 +29,12 @@ class Options:
         wrong = sorted(set(self.given) - set(allowed))
         if wrong:
             raise ArgumentError(
-                f"A {framework} host takes {', '.join(f'`{name}`' for name in allowed)}, but got `{wrong[0]}`."
+                f"The {framework} host takes {', '.join(f'`{name}`' for name in allowed)}, but got `{wrong[0]}`."
             )
         if not sample and (self.sample or self.keywords):
             raise ArgumentError(
-                f"A {framework} host initialises its guest when it is initialised itself, with the arguments of that "
-                "call, so `host` takes no sample arguments here."
+                f"A host in {framework} initialises its guest when it is initialised itself, with the arguments of "
+                "that call, so `host` takes no sample arguments here."
             )
         return {name: self.given.get(name) for name in allowed}
 
