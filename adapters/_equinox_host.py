@@ -116,7 +116,8 @@ def _as_module(model: Any) -> tuple[Any, Callable[..., Any] | None]:
     if isinstance(model, tuple) and len(model) == 2 and isinstance(model[1], eqx.nn.State):
         return with_state_inside(*model), None
     if makes_models(model, "key"):
-        return None, model
+        maker: Any = model
+        return None, maker
     return None, None
 
 

@@ -19,6 +19,8 @@ class LinenGuest(Alike):
     """
 
     def __init__(self, module: nn.Module, streams: tuple[str, ...] | None):
+        # What is made while a module of Linen runs has that for its parent, and variables of its own nowhere.
+        module = module.clone() if isinstance(module.parent, nn.Module) else module
         given, is_bound = module, module.scope is not None
         self._values: Variables | None = None
         if is_bound:

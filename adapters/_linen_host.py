@@ -77,14 +77,15 @@ class LinenHosting:
     def own(self, model: Any, options: Options) -> Any:
         if not isinstance(model, nn.Module):
             return None
-        if isinstance(model.parent, nn.Module):  # a field of the module that is running
-            return model
-        if model.scope is not None:
+        name = options.taken("Linen", ("name", "streams"), sample=False)["name"]
+        if isinstance(model.parent, nn.Module):  # made here, or a field of the module that is running
+            if name is None:
+                return model
+        elif model.scope is not None:
             return None
-        name = options.taken("Linen", ("name",), sample=False)["name"]
         fields = [field.name for field in dataclasses.fields(model) if field.init]
         values = {field: getattr(model, field) for field in fields if field not in ("parent", "name")}
-        return type(model)(**values, name=name or model.name)  # made here, it belongs to the module that is running
+        return type(model)(**values, name=name or model.name)  # it belongs to the module that is running
 
     def host(self, guest: Guest, options: Options) -> nn.Module:
         taken = options.taken("Linen", ("name", "streams"), sample=False)

@@ -70,7 +70,7 @@ class Hosted(nnx.Module):
 
     def _set(self, variables: Variables) -> None:
         """Puts values into Variables at their places."""
-        places = {(place[0], place[1:]): moved for place, moved in self.places}
+        places: dict[tuple[str, Path], Path] = {(place[0], place[1:]): moved for place, moved in self.places}
         flat: dict[Path, Any] = {}
         for collection, held in variables.items():
             for path, value in held.items():

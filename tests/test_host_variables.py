@@ -338,3 +338,18 @@ def test_a_hosted_module_may_be_hosted_again():
     outer = cv.host(inner, "nnx")
     assert_same_bits(outer(X), inner(X))
     assert shapes(nnx.to_pure_dict(nnx.state(outer))) == {"params": {"linear": {"b": (3,), "w": (5, 3)}}}
+
+
+def test_a_linen_module_that_a_guest_makes_while_linen_runs_is_the_guests_own():
+    class Mixed(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = cv.host(nn.Dense(3), "nnx", X, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dense(x)
+
+    net = LinenHost(Mixed)
+    variables = net.init(KEY, X)
+    assert shapes(variables) == {"params": {"guest": {"dense": {"bias": (3,), "kernel": (5, 3)}}}}
+    kernel: Any = variables["params"]["guest"]["dense"]["kernel"]
+    np.testing.assert_allclose(net.apply(variables, X), X @ kernel, atol=1e-6)
