@@ -80,7 +80,7 @@ class LinenModels:
             def rebuilt(mdl: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 return run_unwrapped(mdl, context, intercept, args, kwargs)
 
-            visit = Visit(path, module, method, module.path, next_fun, rebuilt, lambda: _parameters(module))
+            visit = Visit(path, module, method, path, next_fun, rebuilt, lambda: _parameters(module))
             return running.call(visit, args, kwargs)
 
         with nn.intercept_methods(intercept):

@@ -10,7 +10,7 @@ from crossvjp import HandleError
 from crossvjp.extend import Path, Static
 
 
-def check_structure(before: Any, after: Any) -> None:
+def check_structure(before: Any, after: Any, place: str = "a rule") -> None:
     """Refuses what a call did to a module that can't be carried over to the live one.
 
     New Variables can, and so can other values of old ones. Python values, modules, shared Variables and
@@ -19,6 +19,7 @@ def check_structure(before: Any, after: Any) -> None:
     Args:
         before: the module as it was when the run began.
         after: the module that the run left behind.
+        place: what the call is under, in words.
 
     Raises:
         HandleError: the call changed something else; the error has its path.
@@ -31,8 +32,8 @@ def check_structure(before: Any, after: Any) -> None:
             continue
         raise HandleError(
             f"The call changed the NNX module at {'.'.join(path)}, from {_told(old, path)} to {_told(new, path)}. "
-            "Under a rule a call may write Variables and add new ones, and nothing else: keep the value in a Variable, "
-            "or change the module outside of the rule."
+            f"Under {place} a call may write Variables and add new ones, and nothing else: keep the value in a "
+            f"Variable, or change the module outside of {place.replace('a ', 'the ', 1)}."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from crossvjp.adapters._equinox_host import EquinoxHosting
 from crossvjp.adapters._equinox_migration import EquinoxMigration
 from crossvjp.adapters._equinox_models import EquinoxModels
 from crossvjp.adapters.pytree import ValueBoundary
@@ -21,6 +22,7 @@ class EquinoxAdapter:
     finds_closures = False
     models = EquinoxModels()
     migration = EquinoxMigration()
+    hosting = EquinoxHosting()
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, eqx.Module)

@@ -17,6 +17,7 @@ import jax
 
 from crossvjp import HandleError
 from crossvjp.adapters._haiku_frames import Frame, MissedError, refuse_frames, touched_by
+from crossvjp.adapters._haiku_host import HaikuHosting
 from crossvjp.adapters._haiku_migration import HaikuMigration
 from crossvjp.adapters._haiku_models import HaikuModels
 from crossvjp.adapters._haiku_transformed import TransformedAdapter
@@ -76,6 +77,7 @@ class HaikuAdapter:
     finds_closures = True  # by running, see `_find`
     models = HaikuModels()
     migration = HaikuMigration()
+    hosting = HaikuHosting()
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, hk.Module) or (isinstance(mdl, types.FunctionType) and _inside_transform())

@@ -18,6 +18,7 @@ from flax.core import FrozenDict, Scope
 from flax.core.scope import in_filter
 
 from crossvjp import ArgumentError, HandleError
+from crossvjp.adapters._linen_host import LinenHosting
 from crossvjp.adapters._linen_migration import LinenMigration
 from crossvjp.adapters._linen_models import LinenModels
 from crossvjp.adapters._linen_modules import Ambient, ClosedScopes, OpenedModule, ScopeFacts, spend
@@ -113,6 +114,7 @@ class LinenAdapter:
     finds_closures = False
     models = LinenModels()
     migration = LinenMigration()
+    hosting = LinenHosting()
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, nn.Module | Scope)

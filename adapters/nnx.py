@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from crossvjp import HandleError
+from crossvjp.adapters._nnx_host import NnxHosting
 from crossvjp.adapters._nnx_migration import NnxMigration
 from crossvjp.adapters._nnx_models import NnxModels
 from crossvjp.adapters._nnx_structure import check_structure
@@ -29,6 +30,9 @@ class _At:
 
 class ChannelVariable(nnx.Variable[Any]):
     """A channel out of the backward pass as a variable of a module."""
+
+
+nnx.register_variable_name("channels", ChannelVariable)  # the collection that Linen has them in
 
 
 class _Spent:
@@ -115,6 +119,7 @@ class NnxAdapter:
     finds_closures = False
     models = NnxModels()
     migration = NnxMigration()
+    hosting = NnxHosting()
 
     def matches(self, mdl: Any) -> bool:
         return isinstance(mdl, nnx.Pytree | nnx.Variable)

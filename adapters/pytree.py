@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from crossvjp.adapters._function_models import FunctionModels
+from crossvjp.adapters._plain_guest import PlainHosting
 from crossvjp.extend import Body, Partition, Predicate, held_channel, predicate, unknown_choice
 
 
@@ -31,6 +32,7 @@ class PytreeAdapter:
     by_reference = False
     finds_closures = False
     models = FunctionModels()
+    hosting = PlainHosting()
 
     def matches(self, mdl: Any) -> bool:
         return False  # the last resort: the registry falls back on it for any tree with arrays

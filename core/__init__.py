@@ -22,6 +22,7 @@ from ._errors import CrossVJPError as CrossVJPError
 from ._errors import HandleError as HandleError
 from ._errors import MigrationError as MigrationError
 from ._highway import Highway as Highway
+from ._host import host as host
 from ._plain import CustomVJP as CustomVJP
 from ._pullback import Pullback as Pullback
 from ._registry import register_adapter as register_adapter

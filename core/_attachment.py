@@ -8,7 +8,7 @@ import functools
 import inspect
 import itertools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -218,6 +218,7 @@ class Running:
         self.observe = observe  # makes every call in the place of what follows here
         self.sites: list[tuple[Path, str]] = []
         self.functions: list[str] | None = None
+        self.at: Path = ()  # where the guest that runs now is hosted; it knows paths within itself alone
 
     def check(self) -> None:
         """Refuses choices that nothing has matched so far.
@@ -248,6 +249,8 @@ class Running:
 
     def relative(self, path: Path) -> Path:
         """Gives a path as seen from the model."""
+        if self.at:
+            return (*self.at, *(path or ("~",)))
         length = len(self.prefix)
         return path[length:] if path[:length] == self.prefix else path
 
@@ -298,6 +301,22 @@ class Running:
         rule, key = found
         handle = () if visit.is_function else (module,)
         return rule.lift(run, key=key)(*handle, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def hosted_at(path: Path) -> Iterator[None]:
+    """A context for a guest's run, in which its modules are told by their paths below its host's, at `path`.
+
+    A guest that is itself a module is at `~` there, as the host has its path.
+    """
+    before = [(running, running.at) for running in ambient().running]
+    for running, _ in before:
+        running.at = running.relative(path)
+    try:
+        yield
+    finally:
+        for running, at in before:
+            running.at = at
 
 
 @dataclasses.dataclass(frozen=True)

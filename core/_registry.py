@@ -120,6 +120,18 @@ def known_adapters() -> list[Adapter]:
     return [*_registered, *_built_ins(_loaded_frameworks()), *_built_in(_PLAIN)]
 
 
+def load_adapters(name: str) -> None:
+    """Imports one of our adapters, by the framework's short name; any other name does nothing.
+
+    Raises:
+        ImportError: the framework is not installed.
+    """
+    for framework, module in _BUILT_IN.items():
+        if framework.rpartition(".")[2] == name:
+            importlib.import_module(framework)
+            _built_in(module)
+
+
 def _built_ins(loaded: tuple[str, ...]) -> list[Adapter]:
     return [adapter for framework in loaded for adapter in _built_in(_BUILT_IN[framework])]
 

@@ -93,12 +93,8 @@ def _haiku_trained() -> Any:
     params, state = haiku_net().init(jax.random.key(3), *SAMPLE, True)
     params = jax.tree.map(_varied, params)
     # As after a training of 120 steps: Haiku's average and its sum differ in bits, and Linen goes on as Haiku does.
-    grown = {
-        module: {"counter": jnp.array(STEPS), "hidden": _varied(pair["hidden"])} for module, pair in state.items()
-    }
-    late = {
-        module: {**pair, "average": pair["hidden"] / (1 - jnp.power(0.9, STEPS))} for module, pair in grown.items()
-    }
+    grown = {module: {"counter": jnp.array(STEPS), "hidden": _varied(pair["hidden"])} for module, pair in state.items()}
+    late = {module: {**pair, "average": pair["hidden"] / (1 - jnp.power(0.9, STEPS))} for module, pair in grown.items()}
     return bind(haiku_net(), params, late)
 
 
@@ -111,9 +107,7 @@ class NnxNet(nnx.Module):
         self.embed = nnx.Embed(WORDS, 4, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
         self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(4, HIDDEN, rngs=rngs), rngs=rngs)
-        self.layer_norm = nnx.LayerNorm(
-            CHANNELS + HIDDEN, epsilon=1e-5, use_fast_variance=False, rngs=rngs
-        )
+        self.layer_norm = nnx.LayerNorm(CHANNELS + HIDDEN, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
         self.head = nnx.Linear(CHANNELS + HIDDEN, CLASSES, rngs=rngs)
 
     def __call__(self, images, tokens, train):

@@ -2,12 +2,12 @@
 
 from .._errors import MigrationError as MigrationError
 from ._canonical import moves_of as moves_of
+from ._convert import Converted as Converted
+from ._convert import Remainder as Remainder
 from ._convert import convert as convert
 from ._convert import convert_cotangents as convert_cotangents
 from ._convert import convert_names as convert_names
 from ._convert import convert_second_moments as convert_second_moments
-from ._convert import Converted as Converted
-from ._convert import Remainder as Remainder
 from ._layer import Arrays as Arrays
 from ._layer import Canonical as Canonical
 from ._layer import Layer as Layer
@@ -17,8 +17,8 @@ from ._layer import StateMove as StateMove
 from ._migrate import migrate as migrate
 from ._migration import Migration as Migration
 from ._opened import Call as Call
-from ._opened import framework_of as framework_of
 from ._opened import Opened as Opened
+from ._opened import framework_of as framework_of
 from ._padding import padding_of as padding_of
 from ._padding import per_axis as per_axis
 from ._padding import transposed_padding_of as transposed_padding_of
@@ -33,15 +33,15 @@ from ._pieces import ReorderBlocks as ReorderBlocks
 from ._pieces import Reshape as Reshape
 from ._pieces import Split as Split
 from ._pieces import Transpose as Transpose
+from ._registry import Refusal as Refusal
 from ._registry import held as held
 from ._registry import layout as layout
 from ._registry import layout_of as layout_of
-from ._registry import Refusal as Refusal
 from ._registry import refusal_of as refusal_of
 from ._registry import refuse as refuse
 from ._registry import register_layer as register_layer
 from ._report import Check as Check
 from ._report import Moved as Moved
 from ._report import Report as Report
-from ._settings import compare_settings as compare_settings
 from ._settings import Difference as Difference
+from ._settings import compare_settings as compare_settings

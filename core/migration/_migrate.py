@@ -193,5 +193,3 @@ def _pieces(one: Candidate) -> list[str]:
         return []
     moves = moves_of(one.place.layer, one.place.layout)
     return [type(piece).__name__ for move in moves for piece in move.pieces if not isinstance(piece, Identity)]
-
-

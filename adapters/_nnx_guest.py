@@ -1,0 +1,120 @@
+"""NNX modules as guests."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+from flax import nnx
+
+from crossvjp import HandleError
+from crossvjp.adapters._flax_metadata import boxed, collection_of, unboxed
+from crossvjp.adapters._nnx_structure import check_structure
+from crossvjp.extend import Alike, Keys, Path, Variables, public_methods
+
+_Counts: TypeAlias = dict[tuple[Any, ...], tuple[str, Any]]
+_GRAPH = True  # opens every module that tree mode opens, and shared variables besides
+
+
+class NnxGuest(Alike):
+    """An NNX module with its values, or a function of `rngs` that makes one with the host's keys.
+
+    Its random streams get keys of the host at each call, as by `nnx.reseed`, and are no variables of the host.
+    """
+
+    def __init__(self, module: nnx.Module | None, make: Callable[..., Any] | None):
+        self._module = None if module is None else nnx.clone(module)  # later writes to the original stay out
+        self._make = make
+        super().__init__(module if make is None else make, has_values=make is None)
+
+    @functools.cached_property
+    def _structure(self) -> tuple[Any, list[tuple[tuple[Any, ...], Any]]]:
+        """The module's definition, and its leaves with their paths; of one still to be made, on types alone."""
+        make: Any = self._make
+        module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))) if self._module is None else self._module
+        return _flattened(module)
+
+    @functools.cached_property
+    def methods(self) -> frozenset[str]:
+        """The names of the module's other public methods."""
+        graphdef, leaves = self._structure
+        return frozenset(public_methods(type(nnx.merge(graphdef, _values(leaves))), nnx.Module)) - {"__call__"}
+
+    def init(self, keys: Keys, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variables:
+        if self._make is None:
+            return _variables(self._structure[1])
+        module = self._make(rngs=nnx.Rngs(keys.for_parameters()))
+        return _variables(_flattened(module)[1])
+
+    def apply(
+        self, variables: Variables, keys: Keys, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Variables]:
+        graphdef, template = self._structure
+        plain = {name: {path: unboxed(value) for path, value in held.items()} for name, held in variables.items()}
+        given = {path: value for held in plain.values() for path, value in held.items()}
+        leaves = [_filled(path, leaf, given) for path, leaf in template]
+        module = nnx.merge(graphdef, leaves, copy=True)
+        tags = sorted({leaf.tag for _, leaf in template if isinstance(leaf, nnx.RngKey)})
+        found = keys.spread(tags)
+        nnx.reseed(module, graph=_GRAPH, policy="match_shape", **found)
+        counts = _counts(module)
+        out = (module if method == "__call__" else getattr(module, method))(*args, **kwargs)
+        graphdef_after, after = _flattened(module)
+        if graphdef_after != graphdef:
+            check_structure(nnx.merge(graphdef, leaves, copy=True), module, "a host")
+        _check_drawn(counts, _counts(module), set(found))
+        written = [(path, leaf) for path, leaf in after if _raw(leaf) is not given.get(tuple(map(str, path)))]
+        return out, _variables(written)
+
+
+def _check_drawn(before: _Counts, after: _Counts, found: set[str]) -> None:
+    for path, (tag, count) in after.items():
+        if tag not in found and path in before and count is not before[path][1]:
+            raise HandleError(
+                f"The guest drew from its stream {tag!r}, but its host has no PRNG key for it: give the host one, as "
+                "its framework has it."
+            )
+
+
+def _flattened(module: Any) -> tuple[Any, list[tuple[tuple[Any, ...], Any]]]:
+    graphdef, flat = nnx.graph.flatten(module, graph=_GRAPH)
+    return graphdef, list(flat)
+
+
+def _values(leaves: list[tuple[tuple[Any, ...], Any]]) -> list[Any]:
+    return [leaf for _, leaf in leaves]
+
+
+def _raw(leaf: Any) -> Any:
+    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _variables(leaves: list[tuple[tuple[Any, ...], Any]]) -> Variables:
+    """Sorts leaves by collection, without what belongs to random streams."""
+    found: Variables = {}
+    for path, leaf in leaves:
+        if not isinstance(leaf, nnx.RngState):
+            value = boxed(leaf) if isinstance(leaf, nnx.Variable) else leaf
+            found.setdefault(collection_of(leaf), {})[tuple(map(str, path))] = value
+    return found
+
+
+def _filled(path: tuple[Any, ...], leaf: Any, given: Mapping[Path, Any]) -> Any:
+    """Gives a leaf of the module's definition its value."""
+    if isinstance(leaf, nnx.RngState):
+        shape = leaf.get_raw_value().shape
+        keys = jax.numpy.broadcast_to(jax.random.key(0), shape)  # stands there until the streams are reseeded
+        return leaf.replace(keys if isinstance(leaf, nnx.RngKey) else jax.numpy.zeros(shape, jax.numpy.uint32))
+    names = tuple(map(str, path))
+    if names not in given:
+        raise HandleError(f"The host has no value for the guest's variable at {'/'.join(names)!r}.")
+    value = unboxed(given[names])
+    return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
+
+
+def _counts(module: Any) -> _Counts:
+    return {
+        path: (leaf.tag, leaf.get_raw_value()) for path, leaf in _flattened(module)[1] if isinstance(leaf, nnx.RngCount)
+    }
