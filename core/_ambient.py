@@ -28,11 +28,13 @@ class Ambient:
     inside: frozenset[Any] = frozenset()
     """The sites whose rule is already around the call."""
     rules_off: bool = False
+    detached: frozenset[int] = frozenset()
+    """The attachments, by token, that functions around an attached one run without."""
 
     @property
     def cache_key(self) -> Any:
         """What a traced program depends on."""
-        return tuple(running.token for running in self.running), self.rules_off
+        return tuple(running.token for running in self.running), self.rules_off, self.detached
 
     def within(self, site: Any) -> Ambient:
         """Gives the surroundings of what a site's module does itself."""

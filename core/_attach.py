@@ -77,7 +77,7 @@ def attach(
     models = models_of(model)
     before = models.attachment_of(model)
     groups = (*before.groups, group) if before else (group,)
-    return models.attach(models.detach(model), Attachment(groups))
+    return models.attach(model, Attachment(groups))
 
 
 def detach(model: M) -> M:

@@ -13,6 +13,9 @@ from ._boundary import Body as Body
 from ._boundary import run_and_publish as run_and_publish
 from ._channel_variables import flat_name as flat_name
 from ._channel_variables import held_channel as held_channel
+from ._marked import attachment_of as attachment_of
+from ._marked import marked as marked
+from ._marked import without as without
 from ._models import Models as Models
 from ._partition import Partition as Partition
 from ._paths import Path as Path
