@@ -122,7 +122,8 @@ def _name(eqn: jex.JaxprEqn) -> str | None:
     program = eqn.params.get("call_jaxpr") if eqn.primitive.name in _CLOSED else None
     if isinstance(program, jex.ClosedJaxpr):
         return program.jaxpr.debug_info.func_src_info.split(" ")[0]
-    return None
+    traced = getattr(eqn.params.get("_prim"), "traced", None)  # what the coming custom_vjp calls
+    return traced.fun_name if isinstance(traced, jax.stages.Traced) else None
 
 
 def _under_rule(jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, rule: Rule, key: Any, name: str) -> jex.JaxprEqn:
