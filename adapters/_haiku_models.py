@@ -18,6 +18,7 @@ from crossvjp.extend import (
     Ambient,
     Attachment,
     Running,
+    Same,
     Visit,
     ambient,
     attachment_of,
@@ -94,7 +95,7 @@ class HaikuModels:
 
             path = running.relative(tuple(name.split("/")))
             method, own = context.method_name, lambda: _parameters(module)
-            return running.call(Visit(path, module, method, id(module), next_fun, rebuilt, own), args, kwargs)
+            return running.call(Visit(path, module, method, Same(module), next_fun, rebuilt, own), args, kwargs)
 
         with hk.intercept_methods(intercept):
             yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
 
 # Part of the key of `jax.jit`'s caches: a program traced with rules must not serve where there are none.
 _traced_under = jax.make_user_context(())
+
+
+class Same:
+    """An object as a site: equal for that very object alone, which may be gone and its `id` another one's."""
+
+    def __init__(self, one: Any):
+        self._one = weakref.ref(one)
+        self._hash = id(one)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Same) and (one := self._one()) is not None and one is other._one())
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What an adapter for another framework is made of, beside `Adapter`, `Boundary` and `register_adapter`."""
 
 from ._ambient import Ambient as Ambient
+from ._ambient import Same as Same
 from ._ambient import ambient as ambient
 from ._ambient import entered as entered
 from ._arrays import Static as Static

@@ -18,6 +18,7 @@ from flax import nnx
 from models import x_of
 
 import crossvjp as cv
+from crossvjp.extend import Same
 from crossvjp.testing import assert_close
 
 KEY = jax.random.key(0)
@@ -293,6 +294,22 @@ def test_a_haiku_pair_around_an_attached_one_can_be_detached_and_attached_to(how
         found = bars(pair)
         assert_close(jax.tree.leaves(found["head"]), times(of_head, own["head"]))
         assert_close(jax.tree.leaves(found["body"]), times(of_body, own["body"]))
+
+
+def test_a_site_whose_module_is_gone_is_not_taken_for_one_that_came_in_its_place():
+    class Empty:
+        pass
+
+    gone = Empty()
+    site, address = Same(gone), id(gone)
+    assert site == Same(gone) != Same(Empty())
+    del gone
+    held = [Empty()]
+    while id(held[-1]) != address and len(held) < 10_000:
+        held.append(Empty())
+    assert id(held[-1]) == address
+    assert hash(Same(held[-1])) == hash(site)
+    assert Same(held[-1]) != site
 
 
 def test_a_function_around_an_attached_one_is_not_taken_for_it():
