@@ -106,7 +106,7 @@ def _by_function(own: Callable[..., Any], attachment: Attachment) -> Callable[..
             method = _method(function, "", attachment)
         return own(self, *args, method=method, **kwargs)
 
-    return named_like(run, own)
+    return nn.nowrap(named_like(run, own))
 
 
 def _method(own: Callable[..., Any], name: str, attachment: Attachment) -> Callable[..., Any]:

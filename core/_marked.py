@@ -30,7 +30,7 @@ def without(function: Callable[..., Any], attachment: Attachment | None) -> Call
     """Gives the function without an attachment; of a function around an attached one, what it does without rules."""
     if attachment is None:
         return function
-    run, plain, _ = getattr(function, _MARK, (None, None, None))
+    run, plain, _ = getattr(function, _MARK, (None, function, None))
     if run is function:
         return plain
 
