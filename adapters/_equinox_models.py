@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 
-from crossvjp.adapters._exchanged import MARK, Exchanges, Place, recording_class
+from crossvjp.adapters._exchanged import Exchanges, Place, attachment_among, class_without, recording_class
 from crossvjp.extend import Attachment, Path, Running, on_types, path_of
+
+
+class _WithMethod(eqx.Module):
+    def method(self) -> None:
+        """Does nothing."""
+
+
+_BoundMethod: Any = type(_WithMethod().method)  # a tree that holds the module; what `__call__` gives is none
 
 
 class EquinoxModels:
@@ -20,32 +28,29 @@ class EquinoxModels:
         return isinstance(model, eqx.Module)
 
     def attachment_of(self, model: Any) -> Attachment | None:
-        found: list[Attachment] = []
+        found: list[tuple[list[Path], Any]] = []
 
         def note(path: Path, module: Any) -> Any:
-            found.extend(one.attachment for one in [getattr(type(module), MARK, None)] if one)
+            found.append(([path], module))
             return module
 
         _walk(model, (), note)
-        return found[0] if found else None
+        return attachment_among(found)
 
     def attach(self, model: Any, attachment: Attachment) -> Any:
-        exchanges = Exchanges(attachment, eqx.Module, _as_plain)
+        before = self.attachment_of(model)
+        exchanges = Exchanges(attachment, eqx.Module, _of_class)
 
         def exchange(path: Path, module: Any) -> Any:
             made = exchanges.class_for([path], module)
-            return module if made is None else _of_class(made, module)
+            return module if made is None else _of_class(module, made)
 
-        attached = _walk(model, (), exchange)
+        attached = _walk(model if before is None else _without(model, before), (), exchange)
         exchanges.check()
         return attached
 
     def detach(self, model: Any) -> Any:
-        def plain(path: Path, module: Any) -> Any:
-            mark = getattr(type(module), MARK, None)
-            return module if mark is None else _of_class(mark.base, module)
-
-        return _walk(model, (), plain)
+        return _without(model, None)
 
     def record(
         self, model: Any, attachment: Attachment, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -65,9 +70,9 @@ class EquinoxModels:
         def recorded(path: Path, module: Any) -> Any:
             base = type(module)
             if base not in classes:
-                classes[base] = recording_class(base, eqx.Module, _as_plain, running, _parameters, members)
+                classes[base] = recording_class(base, eqx.Module, _of_class, running, _parameters, members)
             made = classes[base]
-            return module if made is None else _of_class(made, module, crossvjp_path=Place(path))
+            return module if made is None else _of_class(module, made, crossvjp_path=Place(path))
 
         return _walk(model, (), recorded)
 
@@ -80,22 +85,36 @@ def _walk(node: Any, path: Path, exchange: Callable[[Path, Any], Any]) -> Any:
     children, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)
     if len(children) == 1 and children[0][1] is node:  # a leaf
         return node
-    node = treedef.unflatten([_walk(child, (*path, *path_of(key)), exchange) for key, child in children])
-    return exchange(path, node) if isinstance(node, eqx.Module) else node
+    new = treedef.unflatten([_walk(child, (*path, *path_of(key)), exchange) for key, child in children])
+    if isinstance(new, _BoundMethod):
+        new = _rebound(new, type(node.__self__))
+    return exchange(path, new) if isinstance(new, eqx.Module) else new
 
 
-def _of_class(cls: type, module: Any, **fields: Any) -> Any:
+def _rebound(method: Any, before: type) -> Any:
+    """Gives the bound method of a module whose class was another one: the function that the class has now."""
+    module, function = method.__self__, method.__func__
+    name = getattr(function, "__name__", "")
+    if type(module) is before or getattr(before, name, None) is not function:
+        return method
+    return _of_class(method, type(method), __func__=getattr(type(module), name))
+
+
+def _without(model: Any, attachment: Attachment | None) -> Any:
+    def plain(path: Path, module: Any) -> Any:
+        cls = class_without(type(module), attachment)
+        return module if cls is type(module) else _of_class(module, cls)
+
+    return _walk(model, (), plain)
+
+
+def _of_class(module: Any, cls: type, **fields: Any) -> Any:
     """Makes a module of another class with the same fields; no constructor runs again."""
     made = object.__new__(cls)
     names = {name: value for name, value in vars(module).items() if name != "crossvjp_path"}
     for name, value in {**names, **fields}.items():
         object.__setattr__(made, name, value)
     return made
-
-
-@contextlib.contextmanager
-def _as_plain(module: Any, base: type) -> Iterator[Any]:
-    yield _of_class(base, module)
 
 
 def _parameters(module: Any) -> dict[str, Any]:

@@ -7,10 +7,9 @@ them is still one tree.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from crossvjp import ArgumentError, Rule
@@ -18,7 +17,7 @@ from crossvjp.extend import Attachment, Path, Running, Visit, ambient, named_lik
 
 MARK = "__crossvjp__"
 
-AsPlain: TypeAlias = Callable[[Any, type], contextlib.AbstractContextManager[Any]]
+AsPlain: TypeAlias = Callable[[Any, type], Any]
 
 
 class Exchange:
@@ -30,22 +29,25 @@ class Exchange:
         rules: the rules and keys of those methods that have one.
         is_root: whether the module is the model itself.
         methods: those that are exchanged.
-        as_plain: `as_plain(mdl, base)` gives a module as an instance of its own class, for a run.
+        as_plain: gives a module as an instance of its own class, for a run.
         path: the module's path, if a function gives the rules and is asked at each call.
+        paths: where the modules of this class stand in the model.
     """
 
     def __init__(
         self,
-        base: type,
+        base: type | Exchange,
         attachment: Attachment,
         rules: Mapping[str, tuple[Rule, Any]],
         is_root: bool,
         methods: Sequence[str],
         as_plain: AsPlain,
         path: Path | None,
+        paths: set[Path],
     ):
-        self._given = base, attachment, rules, is_root, methods, as_plain, path
-        self.base, self.attachment, self.rules, self.is_root, self.methods, self.as_plain, self.path = self._given
+        self._given = attachment, rules, is_root, methods, as_plain, path, paths
+        self.attachment, self.rules, self.is_root, self.methods, self.as_plain, self.path, self.paths = self._given
+        self.base: type = base.made if isinstance(base, Exchange) else base
 
     def rule_of(self, module: Any, method: str) -> tuple[Rule, Any] | None:
         """Gives the rule and the key of a call."""
@@ -61,7 +63,7 @@ class Exchange:
         return subclass(self.base, {**members, MARK: self, "__reduce__": _reduced})
 
     def __reduce__(self) -> Any:
-        return Exchange, self._given
+        return Exchange, (getattr(self.base, MARK, self.base), *self._given)
 
 
 class Exchanges:
@@ -70,7 +72,7 @@ class Exchanges:
     Args:
         attachment: what is attached.
         ends: the framework's base class, whose own methods are no calls.
-        as_plain: `as_plain(mdl, base)` gives a module as an instance of its own class, for a run.
+        as_plain: gives a module as an instance of its own class, for a run.
     """
 
     def __init__(self, attachment: Attachment, ends: type, as_plain: AsPlain):
@@ -98,8 +100,9 @@ class Exchanges:
         known = base, tuple((name, id(rule), id(key)) for name, (rule, key) in rules.items()), rewrites, path
         if known not in self._classes:
             changed = methods if rewrites else list(rules)
-            exchange = Exchange(base, self._attachment, rules, () in paths, changed, self._as_plain, path)
+            exchange = Exchange(base, self._attachment, rules, () in paths, changed, self._as_plain, path, set())
             self._classes[known] = exchange.made
+        getattr(self._classes[known], MARK).paths.update(paths)
         return self._classes[known]
 
     def check(self) -> None:
@@ -118,6 +121,36 @@ class Exchanges:
     def _rules(self, path: Path, module: Any, methods: Sequence[str]) -> dict[str, tuple[Rule, Any]]:
         found = {method: self._attachment.rule_at(path, module, method) for method in methods}
         return {method: one for method, one in found.items() if one}
+
+
+def attachment_among(modules: Iterable[tuple[Sequence[Path], Any]]) -> Attachment | None:
+    """Gives what is attached to a model, of all modules below it with their paths.
+
+    What is attached to a part of it has its modules at other paths, for it counts from there.
+    """
+    of_model: dict[Attachment, bool] = {}
+    for paths, module in modules:
+        for mark in marks(type(module)):
+            is_here = any(path in mark.paths for path in paths)
+            of_model[mark.attachment] = of_model.get(mark.attachment, True) and is_here
+    return next((attachment for attachment, is_here in of_model.items() if is_here), None)
+
+
+def marks(cls: type) -> list[Exchange]:
+    """Lists what the subclasses of a class do, the last that was made first."""
+    found: list[Exchange] = []
+    while (mark := getattr(cls, MARK, None)) is not None:
+        found.append(mark)
+        cls = mark.base
+    return found
+
+
+def class_without(cls: type, attachment: Attachment | None) -> type:
+    """Gives the class as it was before an attachment; before all of them, if it is `None`."""
+    found = marks(cls)
+    if attachment is None:
+        return found[-1].base if found else cls
+    return found[0].base if found and found[0].attachment is attachment else cls
 
 
 def _reduced(self: Any) -> Any:
@@ -169,8 +202,7 @@ class Place:
 
 def _plain(own: Callable[..., Any], base: type, as_plain: AsPlain) -> Callable[..., Any]:
     def plain(mdl: Any, *args: Any, **kwargs: Any) -> Any:
-        with as_plain(mdl, base) as module:
-            return own(module, *args, **kwargs)
+        return own(as_plain(mdl, base), *args, **kwargs)
 
     return plain
 

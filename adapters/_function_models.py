@@ -8,9 +8,18 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from crossvjp.extend import Ambient, Attachment, Running, Visit, ambient, entered, on_types
-
-_MARK = "__crossvjp__"
+from crossvjp.extend import (
+    Ambient,
+    Attachment,
+    Running,
+    Visit,
+    ambient,
+    attachment_of,
+    entered,
+    marked,
+    on_types,
+    without,
+)
 
 
 class FunctionModels:
@@ -20,23 +29,26 @@ class FunctionModels:
         return callable(model) and not isinstance(model, type)
 
     def attachment_of(self, model: Any) -> Attachment | None:
-        return getattr(model, _MARK, (None, None))[1]
+        return attachment_of(model)
 
     def attach(self, model: Callable[..., Any], attachment: Attachment) -> Any:
+        model = self.detach(model)
+
         @functools.wraps(model)
         def run(*args: Any, **kwargs: Any) -> Any:
             around = ambient()
+            if attachment.token in around.detached:
+                return model(*args, **kwargs)
             running = Running(attachment)
             with entered(dataclasses.replace(around, running=(*around.running, running))):
                 out = running.call(_visit(model, running), args, kwargs)
             running.check()
             return out
 
-        setattr(run, _MARK, (model, attachment))
-        return run
+        return marked(run, model, attachment)
 
     def detach(self, model: Any) -> Any:
-        return getattr(model, _MARK, (model,))[0]
+        return without(model, attachment_of(model))
 
     def record(
         self, model: Callable[..., Any], attachment: Attachment, args: tuple[Any, ...], kwargs: dict[str, Any]

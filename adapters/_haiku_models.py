@@ -14,10 +14,22 @@ import jax
 from crossvjp import HandleError
 from crossvjp.adapters._haiku_frames import run_inner
 from crossvjp.adapters._haiku_transformed import takes_rng
-from crossvjp.extend import Ambient, Attachment, Running, Visit, ambient, entered, on_types, types_of
+from crossvjp.extend import (
+    Ambient,
+    Attachment,
+    Running,
+    Same,
+    Visit,
+    ambient,
+    attachment_of,
+    entered,
+    marked,
+    on_types,
+    types_of,
+    without,
+)
 
 _KINDS = (hk.Transformed, hk.TransformedWithState, hk.MultiTransformed, hk.MultiTransformedWithState)
-_MARK = "__crossvjp__"
 _BASE_METHODS = frozenset(dir(hk.Module)) - {"__call__"}  # `params_dict` and the like
 
 
@@ -33,15 +45,16 @@ class HaikuModels:
                 f"The Haiku module {model.module_name} belongs to a transform. Attach rules to the transformed "
                 "function, hk.transform(f), or put the rule on the module here, rule(module)(x)."
             )
-        return getattr(model.init, _MARK, (None, None))[1]
+        return attachment_of(model.init)
 
     def attach(self, model: Any, attachment: Attachment) -> Any:
+        model = self.detach(model)
         init = _under(model.init, attachment, initializing=True)
-        setattr(init, _MARK, (model, attachment))
         return model._replace(init=init, apply=jax.tree.map(lambda apply: _under(apply, attachment), model.apply))
 
     def detach(self, model: Any) -> Any:
-        return getattr(model.init, _MARK, (model,))[0]
+        plain = functools.partial(without, attachment=attachment_of(model.init))
+        return model._replace(init=plain(model.init), apply=jax.tree.map(plain, model.apply))
 
     def record(
         self, model: Any, attachment: Attachment, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -82,7 +95,7 @@ class HaikuModels:
 
             path = running.relative(tuple(name.split("/")))
             method, own = context.method_name, lambda: _parameters(module)
-            return running.call(Visit(path, module, method, id(module), next_fun, rebuilt, own), args, kwargs)
+            return running.call(Visit(path, module, method, Same(module), next_fun, rebuilt, own), args, kwargs)
 
         with hk.intercept_methods(intercept):
             yield
@@ -94,6 +107,8 @@ def _under(function: Callable[..., Any], attachment: Attachment, *, initializing
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         around = ambient()
+        if attachment.token in around.detached:
+            return function(*args, **kwargs)
         running = Running(attachment)
         with entered(dataclasses.replace(around, running=(*around.running, running))):
             if attachment.functions and not around.rules_off and not initializing:
@@ -103,7 +118,7 @@ def _under(function: Callable[..., Any], attachment: Attachment, *, initializing
         running.check()
         return out
 
-    return run
+    return marked(run, function, attachment)
 
 
 def _parameters(module: hk.Module) -> Mapping[str, Any]:

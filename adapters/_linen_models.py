@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -45,9 +46,13 @@ class LinenModels:
                 "variables or to a parent module. Attach outside, or put the rule on it here, rule(module)(x)."
             )
         distinguish_in_jit(_place)
+        model = self.detach(model)
         base = type(model)
-        members = {name: _method(base, name, attachment) for name in _own_methods(base)}
-        return _copied(subclass(base, {**members, _MARK: (base, attachment), "__reduce__": _reduced}), model)
+        members = {name: _method(getattr(base, name), name, attachment) for name in _own_methods(base)}
+        by_function = {name: _by_function(getattr(base, name), attachment) for name in ("apply", "init_with_output")}
+        return _copied(
+            subclass(base, {**members, **by_function, _MARK: (base, attachment), "__reduce__": _reduced}), model
+        )
 
     def detach(self, model: nn.Module) -> nn.Module:
         base = getattr(type(model), _MARK, (None, None))[0]
@@ -92,9 +97,20 @@ def _own_methods(base: type) -> list[str]:
     return [name for name in names if name != "setup" and not hasattr(getattr(base, name), "nowrap")]
 
 
-def _method(base: type, name: str, attachment: Attachment) -> Callable[..., Any]:
-    """Makes the method of an attached model: the base's, with the attachment running."""
-    own: Callable[..., Any] = getattr(base, name)
+def _by_function(own: Callable[..., Any], attachment: Attachment) -> Callable[..., Any]:
+    """Makes `apply` and the like: their `method` may be any function of the bound model, its base's method too."""
+
+    def run(self: nn.Module, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        if callable(method) and not isinstance(method, nn.Module):
+            function = method.__func__ if isinstance(method, types.MethodType) else method
+            method = _method(function, "", attachment)
+        return own(self, *args, method=method, **kwargs)
+
+    return nn.nowrap(named_like(run, own))
+
+
+def _method(own: Callable[..., Any], name: str, attachment: Attachment) -> Callable[..., Any]:
+    """Makes the method of an attached model: its base's, with the attachment running."""
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         around = ambient()

@@ -6,10 +6,18 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from flax import nnx
 
-from crossvjp.adapters._exchanged import MARK, Exchanges, Place, recording_class
-from crossvjp.extend import Attachment, Path, Running, on_types
+from crossvjp.adapters._exchanged import (
+    Exchanges,
+    Place,
+    attachment_among,
+    class_without,
+    marks,
+    recording_class,
+)
+from crossvjp.extend import Attachment, Path, Running, on_types, path_of
 
 
 class NnxModels:
@@ -19,12 +27,12 @@ class NnxModels:
         return isinstance(model, nnx.Module)
 
     def attachment_of(self, model: Any) -> Attachment | None:
-        marks = (getattr(type(module), MARK, None) for _, module in _modules(model))
-        return next((mark.attachment for mark in marks if mark), None)
+        return attachment_among(_modules(model))
 
     def attach(self, model: Any, attachment: Attachment) -> Any:
+        before = self.attachment_of(model)
         exchanges = Exchanges(attachment, nnx.Module, _as_plain)
-        attached = nnx.clone(model)
+        attached = nnx.clone(model) if before is None else _without(model, before)
         for paths, module in _modules(attached):
             made = exchanges.class_for(paths, module)
             if made is not None:
@@ -33,14 +41,8 @@ class NnxModels:
         return attached
 
     def detach(self, model: Any) -> Any:
-        if self.attachment_of(model) is None:
-            return model
-        plain = nnx.clone(model)
-        for _, module in _modules(plain):
-            mark = getattr(type(module), MARK, None)
-            if mark is not None:
-                _set_class(module, mark.base)
-        return plain
+        has_rules = any(marks(type(module)) for _, module in _modules(model))
+        return _without(model, None) if has_rules else model
 
     def record(
         self, model: Any, attachment: Attachment, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -75,27 +77,38 @@ def _modules(model: Any) -> list[tuple[list[Path], Any]]:
     def visit(node: Any, path: Path, above: frozenset[int]) -> None:
         if isinstance(node, nnx.Module):
             found.setdefault(id(node), ([], node))[0].append(path)
-        for key, child in nnx.iter_children(node, graph=True):
+        for names, child in _children(node):
             if nnx.graph.is_node(child) and id(child) not in above:
-                visit(child, (*path, str(key)), above | {id(child)})
+                visit(child, (*path, *names), above | {id(child)})
 
     visit(model, (), frozenset({id(model)}))
     return list(found.values())
+
+
+def _children(node: Any) -> Iterator[tuple[Path, Any]]:
+    if isinstance(node, nnx.Pytree):  # its attributes, of which `nnx.iter_children` leaves out tuples and dicts
+        yield from (((name,), child) for name, child in sorted(vars(node).items()) if not name.startswith("_pytree__"))
+        return
+    children, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda part: part is not node)
+    yield from ((path_of(key), child) for key, child in children if child is not node)
+
+
+def _without(model: Any, attachment: Attachment | None) -> Any:
+    plain = nnx.clone(model)
+    for _, module in _modules(plain):
+        _set_class(module, class_without(type(module), attachment))
+    return plain
 
 
 def _set_class(module: Any, cls: type) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-@contextlib.contextmanager
-def _as_plain(module: Any, base: type) -> Iterator[Any]:
-    """Makes a module an instance of its own class for the time of a run, in which it is the run's alone."""
-    attached = type(module)
-    _set_class(module, base)
-    try:
-        yield module
-    finally:
-        _set_class(module, attached)
+def _as_plain(module: Any, base: type) -> Any:
+    """Gives an instance of another class with the very attributes of a module, for other threads use that one too."""
+    made = object.__new__(base)
+    object.__setattr__(made, "__dict__", vars(module))
+    return made
 
 
 def _parameters(module: Any) -> dict[str, Any]:

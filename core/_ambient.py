@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
 _traced_under = jax.make_user_context(())
 
 
+class Same:
+    """An object as a site: equal for that very object alone, which may be gone and its `id` another one's."""
+
+    def __init__(self, one: Any):
+        self._one = weakref.ref(one)
+        self._hash = id(one)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Same) and (one := self._one()) is not None and one is other._one())
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 @dataclasses.dataclass(frozen=True)
 class Ambient:
     """The surroundings of a call."""
@@ -28,11 +43,13 @@ class Ambient:
     inside: frozenset[Any] = frozenset()
     """The sites whose rule is already around the call."""
     rules_off: bool = False
+    detached: frozenset[int] = frozenset()
+    """The attachments, by token, that functions around an attached one run without."""
 
     @property
     def cache_key(self) -> Any:
         """What a traced program depends on."""
-        return tuple(running.token for running in self.running), self.rules_off
+        return tuple(running.token for running in self.running), self.rules_off, self.detached
 
     def within(self, site: Any) -> Ambient:
         """Gives the surroundings of what a site's module does itself."""

@@ -27,7 +27,7 @@ def attach(
     Every call of a chosen module runs under the rule: of a shared module, twice of the same, in loops and
     under transforms of the framework. A module's calls of its own methods belong to the call that came from
     outside. A chosen module inside of a chosen module has both rules: the outer one sees a module whose
-    pullback has the inner one in it.
+    pullback has the inner one in it. A part of the model that is an attached model itself keeps its rules.
 
     Args:
         model: a Linen module that is not bound, an NNX module, an Equinox module, `hk.Transformed`,
@@ -48,14 +48,16 @@ def attach(
             - `crossvjp.function("relu")`: functions by name;
             - a list of pairs (where, rule), of which the first that matches wins; then `rule` is not given.
         methods: the methods that count as calls; all public ones if `None`.
-        key: a PRNG key for rules that draw random numbers; each path gets its own.
+        key: a PRNG key for rules that draw random numbers; each path gets its own, and each call of a function
+            that is chosen by name.
         must_match: whether a choice that matches nothing is an error. Linen and Haiku make their modules
             while they run, so there it is raised when the model is initialised or called.
 
     Returns:
         A model of the same kind, whose variables have the same paths, names, shapes and metadata, so that
         checkpoints of one load into the other. The model that was given stays as it is. In NNX the returned
-        one has variables of its own.
+        one has variables of its own. In Linen and Haiku the rules are the model's: a submodule that is taken out,
+        `model.bind(variables).head`, has none. In Equinox and NNX they are the modules'.
 
     Raises:
         ArgumentError: a choice means nothing, matches nothing, can't be wrapped, or a call would have rules
@@ -77,7 +79,7 @@ def attach(
     models = models_of(model)
     before = models.attachment_of(model)
     groups = (*before.groups, group) if before else (group,)
-    return models.attach(models.detach(model), Attachment(groups))
+    return models.attach(model, Attachment(groups))
 
 
 def detach(model: M) -> M:
@@ -87,7 +89,8 @@ def detach(model: M) -> M:
         model: what `attach` returned, or a copy of it with other variables.
 
     Returns:
-        The model without rules, with the variables that it has now. A model without rules comes back as it is.
+        The model without rules, with the variables that it has now; in Equinox and NNX its parts have none either.
+        A model without rules comes back as it is.
 
     Raises:
         HandleError: it is no model.

@@ -139,23 +139,29 @@ class Attachment:
         if not found:
             return None
         rule, key = found[0]
-        return rule, None if key is None else jax.random.fold_in(key, zlib.crc32("/".join(path).encode()))
+        return rule, None if key is None else _at(key, "/".join(path))
 
-    def function_rule(self, name: str) -> Rule | None:
-        """Gives the rule for a function by its name.
+    def function_rule(self, name: str, count: int = 0) -> tuple[Rule, Any] | None:
+        """Gives the rule for a function by its name, and the key of its call with that number.
 
         Raises:
             ArgumentError: two groups have a rule for it.
         """
-        found: dict[int, Rule | None] = {}
+        found: dict[Group, Rule | None] = {}
         for group, one in self.functions:
             if one.where.has(name):
                 self.matched.add(id(one))
-                found.setdefault(id(group), one.rule_at((name,), None))
-        rules = [rule for rule in found.values() if rule]
+                found.setdefault(group, one.rule_at((name,), None))
+        rules = [(rule, group.key) for group, rule in found.items() if rule]
         if len(rules) > 1:
-            refuse_two(f"The function {name!r}", rules)
-        return rules[0] if rules else None
+            refuse_two(f"The function {name!r}", [rule for rule, _ in rules])
+        if not rules:
+            return None
+        rule, key = rules[0]
+        if key is None:
+            return rule, None
+        with jax.ensure_compile_time_eval():  # it goes into a program, where nothing may be traced
+            return rule, jax.random.fold_in(_at(key, name), count)
 
     def __reduce__(self) -> Any:
         return Attachment, (self.groups,)
@@ -171,6 +177,10 @@ class Attachment:
             for one in group.choices if group.must_match else ():
                 if id(one) not in self.matched and (one.matches or functions is not None):
                     raise ArgumentError(_nothing(one, sites, functions or ()))
+
+
+def _at(key: Any, place: str) -> Any:
+    return jax.random.fold_in(key, zlib.crc32(place.encode()))
 
 
 def refuse_two(what: str, rules: Sequence[Rule]) -> None:
@@ -234,9 +244,9 @@ class Running:
 
         names: list[str] = []
 
-        def choose(name: str) -> Rule | None:
+        def choose(name: str) -> tuple[Rule, Any] | None:
             names.append(name)
-            return self.attachment.function_rule(name)
+            return self.attachment.function_rule(name, names.count(name))
 
         out, asked = call_rewritten(choose, fn, mdl, args, kwargs)
         if asked:

@@ -24,6 +24,8 @@ class Models(Protocol):
     def attach(self, model: Any, attachment: Attachment) -> Any:
         """Gives a model of the same kind, with the same variables, in which the chosen calls run under their rules.
 
+        It takes the place of what `attachment_of` gives; what is attached to parts of the model stays.
+
         Raises:
             HandleError: rules can't be attached to the model, or not here.
             ArgumentError: something is chosen that can't be wrapped; or nothing is, where that can be known.
@@ -35,7 +37,7 @@ class Models(Protocol):
         ...
 
     def attachment_of(self, model: Any) -> Attachment | None:
-        """Gives what is attached to the model."""
+        """Gives what is attached to the model, as opposed to parts of it."""
         ...
 
     def record(

@@ -19,7 +19,7 @@ from ._inputs import Handle, Inputs
 from ._rule import Rule
 from ._session import Outcome, Session
 
-Choose = Callable[[str], Rule | None]
+Choose = Callable[[str], tuple[Rule, Any] | None]
 
 # They replace the derivative of what stands in their programs, so that no rule would be asked there.
 _CLOSED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vjp3_call", "custom_lin")
@@ -31,7 +31,7 @@ def call_rewritten(
     """Calls `fn(mdl, *args, **kwargs)` with every function that `choose` has a rule for under that rule.
 
     Args:
-        choose: gives the rule of a function by its name, or `None`; it is asked for every function there is.
+        choose: gives the rule and the key of a function by its name, or `None`; it is asked for every function.
         fn: a function of a module handle and inputs.
         mdl: the handle; `None` where there is no module.
         args: the inputs.
@@ -85,9 +85,9 @@ def _rewritten(jaxpr: jex.Jaxpr, choose: Choose) -> jex.Jaxpr:
 
 def _equation(jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, choose: Choose) -> jex.JaxprEqn:
     name = _name(eqn)
-    rule = None if name is None else choose(name)
-    if rule is not None and name is not None:
-        return _under_rule(jaxpr, eqn, rule, name)
+    found = None if name is None else choose(name)
+    if found is not None and name is not None:
+        return _under_rule(jaxpr, eqn, *found, name)
     if eqn.primitive.name in _CLOSED:
         return eqn
     params = {key: _parameter(value, choose) for key, value in eqn.params.items()}
@@ -122,10 +122,11 @@ def _name(eqn: jex.JaxprEqn) -> str | None:
     program = eqn.params.get("call_jaxpr") if eqn.primitive.name in _CLOSED else None
     if isinstance(program, jex.ClosedJaxpr):
         return program.jaxpr.debug_info.func_src_info.split(" ")[0]
-    return None
+    traced = getattr(eqn.params.get("_prim"), "traced", None)  # what the coming custom_vjp calls
+    return traced.fun_name if isinstance(traced, jax.stages.Traced) else None
 
 
-def _under_rule(jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, rule: Rule, name: str) -> jex.JaxprEqn:
+def _under_rule(jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, rule: Rule, key: Any, name: str) -> jex.JaxprEqn:
     """Makes the equation that calls the same function under a rule."""
     operands = list(dict.fromkeys(one for one in eqn.invars if isinstance(one, jex.Var)))
     alone = jaxpr.replace(constvars=[], invars=operands, outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
@@ -138,7 +139,7 @@ def _under_rule(jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, rule: Rule, name: str) -> j
         return out[0] if len(out) == 1 else tuple(out)
 
     function.__name__ = name
-    under_rule = rule(function)
+    under_rule = rule(function, key=key)
 
     def run(*inputs: Any) -> Any:
         return under_rule(*inputs)
@@ -149,7 +150,7 @@ def _under_rule(jaxpr: jex.Jaxpr, eqn: jex.JaxprEqn, rule: Rule, name: str) -> j
     (made,) = traced.jaxpr.eqns
     if any(isinstance(const, Tracer) for const in traced.consts):
         raise ArgumentError(
-            f"{rule.described()} is chosen for the function {name!r}, but has traced fields. A rule on functions by "
-            "name has concrete fields, for the program is exchanged outside of the trace."
+            f"{rule.described()} is chosen for the function {name!r}, but has traced fields or a traced key. A rule on "
+            "functions by name has concrete ones, for the program is exchanged outside of the trace."
         )
     return made.replace(invars=eqn.invars, outvars=eqn.outvars)

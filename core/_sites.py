@@ -61,7 +61,9 @@ def sites(model: Any, *sample: Any, **keywords: Any) -> Sites:
     rows, program = models.record(models.detach(model), attachment, sample, keywords)
     names = collections.Counter(names_in(program))
     functions = [
-        Row(name, "named function", "", {}, attachment.function_rule(name), count) for name, count in names.items()
+        Row(name, "named function", "", {}, found and found[0], count)
+        for name, count in names.items()
+        for found in [attachment.function_rule(name)]
     ]
     together: dict[Any, Row] = {}
     for row in rows:

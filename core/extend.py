@@ -1,6 +1,7 @@
 """What an adapter for another framework is made of, beside `Adapter`, `Boundary` and `register_adapter`."""
 
 from ._ambient import Ambient as Ambient
+from ._ambient import Same as Same
 from ._ambient import ambient as ambient
 from ._ambient import entered as entered
 from ._arrays import Static as Static
@@ -30,6 +31,9 @@ from ._guest import note_missing_key as note_missing_key
 from ._guest import without_initialisation as without_initialisation
 from ._host import Hosting as Hosting
 from ._host import Options as Options
+from ._marked import attachment_of as attachment_of
+from ._marked import marked as marked
+from ._marked import without as without
 from ._models import Models as Models
 from ._partition import Partition as Partition
 from ._paths import Path as Path

@@ -157,8 +157,27 @@ def test_a_rule_with_traced_fields_is_refused_for_functions():
     assert_close(
         jax.grad(cv.attach(jax.nn.relu, Scaled(jnp.float32(3.0)), where=cv.function("relu")))(1.0), jnp.float32(3.0)
     )
-    with pytest.raises(cv.ArgumentError, match=r"Scaled.*'relu'.*traced fields.*concrete"):
+    with pytest.raises(cv.ArgumentError, match=r"Scaled.*'relu'.*traced fields or a traced key.*concrete"):
         jax.grad(loss)(2.0)
+
+
+class Noise(cv.Rule):
+    """Multiplies the cotangent by noise."""
+
+    linear = False
+
+    def backward(self, call, y_bar):
+        """Draws it."""
+        return call.pullback(y_bar * jax.random.normal(call.key, y_bar.shape))
+
+
+def test_a_key_is_another_one_at_each_call_of_a_function_and_the_same_in_each_run():
+    fn = lambda x: jnp.stack([jax.nn.relu(x[0]), jax.nn.relu(x[1])])
+    attached = cv.attach(fn, Noise(), where=cv.function("relu"), key=jax.random.key(3))
+    bars = jax.grad(lambda x: jnp.sum(attached(x)))
+    found = bars(jnp.ones((2, 5)))
+    assert not jnp.allclose(found[0], found[1])
+    assert_close(jax.jit(bars)(jnp.ones((2, 5))), found)
 
 
 def test_effects_of_a_rewritten_program_happen_once():

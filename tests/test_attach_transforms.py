@@ -17,7 +17,7 @@ from models import linen as linen_model
 from models import x_of
 
 import crossvjp as cv
-from crossvjp.testing import assert_close, assert_same_bits
+from crossvjp.testing import assert_close, assert_same_bits, one_by_one
 
 KEY = jax.random.key(0)
 X = x_of(4, 6)
@@ -413,9 +413,10 @@ def test_a_rule_by_hand_around_an_attached_model_finds_its_rules_in_late_runs():
     attached = cv.attach(made.model, doubled, where="head")
     by_hand = lambda model: doubled.lift(lambda params: made.run(model, params)[0])
     loss = lambda model: lambda params: jnp.sum(by_hand(model)(params) ** 2)
-    own = jax.grad(loss(made.model))(made.params)
-    found = jax.grad(jax.jit(loss(attached)))(made.params)
+    # One by one, for the batch norm enlarges what the compiler rounds otherwise.
+    bars = lambda model: one_by_one(jax.grad(jax.jit(loss(model))))(made.params)
+    own, found = bars(made.model), bars(attached)
     assert_close(found["head"], jax.tree.map(lambda g: 2 * g, own["head"]))
     assert_close(found["first"], own["first"])
     with cv.rules_off():
-        assert_close(jax.grad(jax.jit(loss(attached)))(made.params), own)
+        assert_same_bits(bars(attached), own)
