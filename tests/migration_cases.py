@@ -138,7 +138,12 @@ def heads(use_bias: bool) -> Case:
 
 def precise(dtype: Any) -> Any:
     """Gives Linen's attention for float64: NNX's own takes its softmax in float32."""
-    return nn.dot_product_attention if dtype == jnp.float64 else nnx.dot_product_attention
+
+    def attention(*args: Any, is_causal: bool = False, **kwargs: Any) -> Any:
+        assert not is_causal
+        return nn.dot_product_attention(*args, **kwargs)
+
+    return attention if dtype == jnp.float64 else nnx.dot_product_attention
 
 
 def on_flat(module: Any, x: Any) -> Any:
