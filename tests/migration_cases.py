@@ -158,6 +158,33 @@ def per_position(module: Any, x: Any) -> Any:
     return jax.vmap(jax.vmap(module))(x)
 
 
+def batch_norm(training: bool) -> Case:
+    def flax(module: Any, x: Any) -> Any:
+        return module(x, use_running_average=not training)
+
+    def equinox(module: Any, state: Any, x: Any) -> Any:
+        run = functools.partial(module, inference=not training)
+        out, state = jax.vmap(run, (0, None), (0, None), axis_name="batch")(jnp.moveaxis(x, -1, 1), state)
+        return jnp.moveaxis(out, 1, -1), state
+
+    return Case(
+        IMAGE,
+        {
+            "linen": lambda dtype: nn.BatchNorm(momentum=0.9),
+            "nnx": lambda dtype: nnx.BatchNorm(6, momentum=0.9, rngs=rngs()),
+            "haiku": lambda dtype: hk.BatchNorm(True, True, 0.9),
+            "equinox": lambda dtype: eqx.nn.BatchNorm(6, "batch", momentum=0.9, mode="batch", dtype=dtype),
+        },
+        {
+            "linen": flax,
+            "nnx": flax,
+            # While it is initialised it must train: it has no averages yet.
+            "haiku": lambda module, x: module(x, is_training=training or hk.running_init()),
+            "equinox": equinox,
+        },
+    )
+
+
 IMAGE = lambda: (draw(2, 5, 4, 6),)
 SEQUENCE = lambda: (draw(2, 5, 6),)
 EPS: Any = {"epsilon": 1e-5}
@@ -291,21 +318,8 @@ CASES: dict[str, Case] = {
         },
         {"haiku": nchw, "equinox": channels_first},
     ),
-    "batch_norm": Case(
-        IMAGE,
-        {
-            "linen": lambda dtype: nn.BatchNorm(momentum=0.9),
-            "nnx": lambda dtype: nnx.BatchNorm(6, momentum=0.9, rngs=rngs()),
-            "haiku": lambda dtype: hk.BatchNorm(True, True, 0.9),
-            "equinox": lambda dtype: eqx.nn.BatchNorm(6, "batch", momentum=0.9, mode="batch", dtype=dtype),
-        },
-        {
-            "linen": lambda module, x: module(x, use_running_average=True),
-            "nnx": lambda module, x: module(x, use_running_average=True),
-            "haiku": lambda module, x: module(x, is_training=hk.running_init()),
-            "equinox": lambda module, state, x: equinox_batch_norm(module, state, x, True),
-        },
-    ),
+    "batch_norm": batch_norm(training=False),
+    "batch_norm, training": batch_norm(training=True),
     "embedding": Case(
         lambda: (np.array([[0, 3, 3], [1, 6, 0]]),),
         {
@@ -365,13 +379,6 @@ CASES: dict[str, Case] = {
         },
     ),
 }
-
-
-def equinox_batch_norm(module: Any, state: Any, x: Any, inference: bool) -> Any:
-    """Runs Equinox's batch norm over a batch, channels last."""
-    run = functools.partial(module, inference=inference)
-    out, state = jax.vmap(run, (0, None), (0, None), axis_name="batch")(jnp.moveaxis(x, -1, 1), state)
-    return jnp.moveaxis(out, 1, -1), state
 
 
 @functools.cache
