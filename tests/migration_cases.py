@@ -158,6 +158,18 @@ def per_position(module: Any, x: Any) -> Any:
     return jax.vmap(jax.vmap(module))(x)
 
 
+def rnn(double_bias: bool) -> Case:
+    return Case(
+        lambda: (draw(2, 5), draw(2, 3, seed=2)),
+        {
+            "linen": lambda dtype: nn.SimpleCell(3, activation_fn=nn.relu),
+            "nnx": lambda dtype: nnx.SimpleCell(5, 3, activation_fn=nnx.relu, dtype=dtype, rngs=rngs()),
+            "haiku": lambda dtype: hk.VanillaRNN(3, double_bias=double_bias),
+        },
+        {"linen": flax_cell, "nnx": flax_cell, "haiku": lambda cell, x, h: cell(x, h)[0]},
+    )
+
+
 def batch_norm(training: bool) -> Case:
     def flax(module: Any, x: Any) -> Any:
         return module(x, use_running_average=not training)
@@ -361,15 +373,8 @@ CASES: dict[str, Case] = {
         },
         {"linen": flax_cell, "nnx": flax_cell},
     ),
-    "rnn": Case(
-        lambda: (draw(2, 5), draw(2, 3, seed=2)),
-        {
-            "linen": lambda dtype: nn.SimpleCell(3, activation_fn=nn.relu),
-            "nnx": lambda dtype: nnx.SimpleCell(5, 3, activation_fn=nnx.relu, dtype=dtype, rngs=rngs()),
-            "haiku": lambda dtype: hk.VanillaRNN(3, double_bias=False),
-        },
-        {"linen": flax_cell, "nnx": flax_cell, "haiku": lambda cell, x, h: cell(x, h)[0]},
-    ),
+    "rnn": rnn(double_bias=False),
+    "rnn with two biases in Haiku": rnn(double_bias=True),
     "prelu": Case(
         lambda: (draw(2, 5),),
         {

@@ -209,6 +209,7 @@ def check_converts(source: Evaluated, target: Evaluated, layout: Layout | None, 
 
 def _has_source(of: Layer, its: Layout, to: Layer, theirs: Layout, path: Any) -> bool:
     names = {name for move in its.moves(of) for name in move.canonical}
+    names |= {name for name, part_of in its.absent.items() if isinstance(part_of, str)}
     return any(path in move.own and set(move.canonical) <= names for move in theirs.moves(to))
 
 

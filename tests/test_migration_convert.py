@@ -150,6 +150,20 @@ def test_only_what_was_trained_on_is_converted_anew():
     assert_bits({"": bias[changed]}, {"": plain[changed]})
 
 
+def test_haiku_s_two_biases_are_added_and_come_apart_again():
+    there, back, haiku = pair("rnn with two biases in Haiku", "haiku", "linen")
+    params = random_arrays(haiku.layer.params, "float32")
+    moved = there(params=params, state={})
+    summed = params[("linear", "b")] + params[("linear_1", "b")]
+    assert_bits({"": moved.params[("i", "bias")]}, {"": summed})
+    trained = {path: array.copy() for path, array in moved.params.items()}
+    trained[("i", "bias")][1] = 7.0
+    returned = back(params=trained, state={}, remainder=moved.remainder).params
+    one, other = params[("linear", "b")], params[("linear_1", "b")]
+    assert returned[("linear", "b")].tolist() == [one[0], 7.0, one[2]]
+    assert returned[("linear_1", "b")].tolist() == [other[0], 0.0, other[2]]
+
+
 def test_a_conversion_can_be_traced():
     there, back, haiku = pair("lstm", "haiku", "linen")
     params = random_arrays(haiku.layer.params, "float32")

@@ -124,7 +124,7 @@ def _transposed_padding(module: eqx.nn.ConvTranspose) -> Any:
         return transposed_padding_of("SAME", *sizes)
     if module.padding == "SAME_LOWER":
         return "SAME_LOWER"
-    pads = module.padding if module.padding != "VALID" else ((0, 0),) * module.num_spatial_dims
+    pads: Any = module.padding if module.padding != "VALID" else ((0, 0),) * module.num_spatial_dims
     spans = [rate * (size - 1) for size, rate in zip(module.kernel_size, module.dilation, strict=True)]
     return tuple(
         (span - before, span - after + extra)

@@ -207,7 +207,7 @@ LAYOUTS: tuple[Layout, ...] = (
         hk.VanillaRNN,
         "rnn",
         _VANILLA,
-        absent={"hidden_bias": 0.0},
+        absent={"hidden_bias": "bias"},
         settings=lambda module: {"activation": "relu", "residual": False},
     ),
 )

@@ -70,7 +70,7 @@ LAYOUTS: tuple[Layout, ...] = (
     layout(nn.LSTMCell, "lstm", _lstm, settings=_flax.cell_settings),
     layout(nn.OptimizedLSTMCell, "lstm", _lstm, settings=_flax.cell_settings),
     layout(nn.GRUCell, "gru", _gru, settings=_flax.cell_settings),
-    layout(nn.SimpleCell, "rnn", _RNN, absent={"hidden_bias": 0.0}, settings=_flax.cell_settings),
+    layout(nn.SimpleCell, "rnn", _RNN, absent={"hidden_bias": "bias"}, settings=_flax.cell_settings),
     layout(nn.PReLU, "prelu", {"negative_slope": "negative_slope"}),
 )
 REFUSALS: tuple[Refusal, ...] = ()

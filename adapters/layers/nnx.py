@@ -37,7 +37,6 @@ def _lstm(layer: Layer) -> Sequence[Move]:
 _INPUT: Mapping[Any, str] = {("dense_i", "kernel"): "input_kernel", ("dense_h", "kernel"): "hidden_kernel"}
 _INPUT_BIAS = {**_INPUT, ("dense_i", "bias"): "bias"}
 _HIDDEN_BIAS = {**_INPUT, ("dense_h", "bias"): "bias"}
-_WITHOUT = {"hidden_bias": 0.0}
 
 LAYOUTS: tuple[Layout, ...] = (
     layout(nnx.Linear, "linear", _flax.KERNEL, settings={"use_bias": "use_bias"}),
@@ -54,8 +53,8 @@ LAYOUTS: tuple[Layout, ...] = (
     layout(nnx.MultiHeadAttention, "attention", _flax.attention, settings=_flax.attention_settings),
     layout(nnx.LSTMCell, "lstm", _lstm, settings=_flax.cell_settings),
     layout(nnx.OptimizedLSTMCell, "lstm", _HIDDEN_BIAS, settings=_flax.cell_settings),
-    layout(nnx.GRUCell, "gru", _INPUT_BIAS, absent=_WITHOUT, settings=_flax.cell_settings),
-    layout(nnx.SimpleCell, "rnn", _INPUT_BIAS, absent=_WITHOUT, settings=_flax.cell_settings),
+    layout(nnx.GRUCell, "gru", _INPUT_BIAS, absent={"hidden_bias": 0.0}, settings=_flax.cell_settings),
+    layout(nnx.SimpleCell, "rnn", _INPUT_BIAS, absent={"hidden_bias": "bias"}, settings=_flax.cell_settings),
     layout(nnx.PReLU, "prelu", {"negative_slope": "negative_slope"}),
 )
 REFUSALS: tuple[Refusal, ...] = ()
