@@ -55,7 +55,9 @@ def build_nnx(make: Any, call: Any, args: Any) -> Built:
     empty = jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), rest)
 
     def filled(types, arrays):
-        return nnx.from_flat_state([(path, kind.replace(arrays[path])) for path, kind in nnx.to_flat_state(types)])
+        return nnx.from_flat_state(
+            [(path, kind.replace(jnp.asarray(arrays[path]))) for path, kind in nnx.to_flat_state(types)]
+        )
 
     def run(new_params, new_state, *args):
         live = nnx.merge(graph, filled(params, new_params), filled(state, new_state), empty, copy=True)
