@@ -39,6 +39,17 @@ def attended(module: Any, x: Any, y: Any) -> Any:
     return module(x, y, y)
 
 
+def depthwise(haiku: Any, *sizes: int) -> Case:
+    window = (3,) * len(sizes)
+    return Case(
+        lambda: (draw(2, *sizes, 4),),
+        {
+            "linen": lambda dtype: nn.Conv(8, window, feature_group_count=4),
+            "haiku": lambda dtype: haiku(2, window),
+        },
+    )
+
+
 def haiku_conv_transpose(axes: int) -> Any:
     return {1: hk.Conv1DTranspose, 2: hk.Conv2DTranspose}[axes]
 
@@ -56,7 +67,7 @@ def conv(features: int, ins: int, axes: int, size: int, padding: Any = "SAME", *
             "linen": lambda dtype: nn.Conv(features, window, **flax),
             "nnx": lambda dtype: nnx.Conv(ins, features, window, rngs=rngs(), **flax),
             "haiku": lambda dtype: hk.ConvND(
-                axes, features, window, step, grow, padding, feature_group_count=groups, data_format=channels_last(axes)
+                axes, features, window, step, grow, padding, feature_group_count=groups, data_format="channels_last"
             ),
             "equinox": lambda dtype: eqx.nn.Conv(
                 axes, ins, features, window, step, padding, grow, groups, key=jax.random.key(0)
@@ -64,10 +75,6 @@ def conv(features: int, ins: int, axes: int, size: int, padding: Any = "SAME", *
         },
         {"equinox": channels_first},
     )
-
-
-def channels_last(axes: int) -> str:
-    return "channels_last" if axes else ""
 
 
 def conv_transpose(axes: int, size: int, strides: int, padding: Any, equinox: Any, turned: bool = False) -> Case:
@@ -270,6 +277,8 @@ CASES: dict[str, Case] = {
         },
         {"equinox": channels_first},
     ),
+    "conv, depthwise, 1 axis": depthwise(hk.DepthwiseConv1D, 5),
+    "conv, depthwise, 3 axes": depthwise(hk.DepthwiseConv3D, 4, 3, 2),
     "conv, channels first in Haiku": Case(
         IMAGE,
         {
