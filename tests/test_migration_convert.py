@@ -497,6 +497,15 @@ def test_defaults_that_differ_are_told():
     assert not differences["use_fast_variance"].changes_function
 
 
+def test_a_dtype_to_compute_in_is_told():
+    plain, named, same = (
+        layer_of("linen", lambda dtype=dtype: nn.Dense(3, dtype=dtype), X) for dtype in (None, "bfloat16", "float32")
+    )
+    (difference,) = settings_between(named, equinox_linear())
+    assert (difference.name, difference.source, difference.target) == ("dtype", "bfloat16", "inferred")
+    assert not settings_between(plain, same)
+
+
 CONV = jnp.ones((2, 7, 3))
 
 

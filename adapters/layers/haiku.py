@@ -28,7 +28,7 @@ from crossvjp.migration import (
     transposed_padding_of,
 )
 
-from ._kinds import flatten, rename, shape_of, statistics
+from ._kinds import flatten, rename, shape_of, stating_dtype, statistics
 
 
 def _linear(layer: Layer) -> Sequence[Move]:
@@ -189,7 +189,7 @@ _VANILLA: Any = {
     ("linear_1", "b"): "hidden_bias",
 }
 
-LAYOUTS: tuple[Layout, ...] = (
+LAYOUTS: tuple[Layout, ...] = stating_dtype(
     layout(hk.Linear, "linear", _linear, settings={"use_bias": "with_bias"}),
     layout(hk.ConvND, "conv", _conv, settings=_conv_settings),
     *(layout(cls, "conv", _conv, settings=_conv_settings) for cls in _DEPTHWISE),
