@@ -64,7 +64,7 @@ def build_nnx(make: Any, call: Any, args: Any) -> Built:
         out = call(live, *args)
         return out, {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(live, nnx.BatchStat))}
 
-    types = [{path: _type(leaf) for path, leaf in nnx.to_flat_state(part)} for part in (params, state)]
+    types: Any = [{path: _type(leaf) for path, leaf in nnx.to_flat_state(part)} for part in (params, state)]
     return Built(Layer(("layer",), "nnx", module, *types), run)
 
 

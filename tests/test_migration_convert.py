@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import equinox as eqx
 import flax.linen as nn
@@ -206,6 +207,7 @@ def five_steps(first, state_of, target):
     outs, state = trained(layer, moved.params, moved.state)
     evaluate = built("batch_norm", target, "float32")
     out, _ = compiled(evaluate.run)(moved.params, state, arguments("batch_norm", "float32")[0])
+    assert layer.layout.state is not None
     return outs, layer.layout.state.to_canonical(layer.layer, state), out
 
 
@@ -230,7 +232,8 @@ def test_batch_norm_trains_on_as_flax_does(target):
 def live(count):
     """Makes Haiku's statistics after a few updates, or Equinox's; the average is the sum without its bias."""
     scale = np.float32(1 - 0.9**count)
-    haiku, equinox = {}, {("batch_counter",): np.int32(count)}
+    haiku: dict[Any, Any] = {}
+    equinox: dict[Any, Any] = {("batch_counter",): np.int32(count)}
     for place, (path, array) in enumerate(STATISTICS):
         ema = ("~", f"{path[0]}_ema")
         haiku[(*ema, "counter")] = np.int32(count)
@@ -551,9 +554,9 @@ class LinenScale(nn.Module):
 class EquinoxScale(eqx.Module):
     """The same layer for Equinox, which keeps the gain itself."""
 
-    gain: jax.Array
-    shift: jax.Array
-    minimum: float = eqx.field(static=True, default=0.5)
+    gain: Any
+    shift: Any
+    minimum: Any = eqx.field(static=True, default=0.5)
 
     def __call__(self, x):
         return jnp.maximum(x * self.gain + self.shift, self.minimum)

@@ -1,7 +1,6 @@
 """Moves trained parameters and state between the layers of different frameworks."""
 
 from ._canonical import moves_of as moves_of
-from ._convert import Converted as Converted
 from ._convert import convert as convert
 from ._convert import convert_cotangents as convert_cotangents
 from ._convert import convert_names as convert_names
@@ -33,6 +32,5 @@ from ._registry import layout_of as layout_of
 from ._registry import refusal_of as refusal_of
 from ._registry import refuse as refuse
 from ._registry import register_layer as register_layer
-from ._remainder import Remainder as Remainder
 from ._settings import Difference as Difference
 from ._settings import compare_settings as compare_settings
