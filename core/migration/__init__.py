@@ -2,8 +2,6 @@
 
 from .._errors import MigrationError as MigrationError
 from ._canonical import moves_of as moves_of
-from ._convert import Converted as Converted
-from ._convert import Remainder as Remainder
 from ._convert import convert as convert
 from ._convert import convert_cotangents as convert_cotangents
 from ._convert import convert_names as convert_names
