@@ -22,6 +22,7 @@ class Hosted(nn.Module):
         """Calls the guest."""
         return self.call_method("__call__", *args, **kwargs)
 
+    @nn.compact  # for guests that make Linen modules while they run
     def call_method(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Calls a method of the guest."""
         keys = Keys(self._key, self.streams, lambda: self.make_rng("params") if self.has_rng("params") else None)

@@ -12,9 +12,9 @@ from flax import nnx
 from crossvjp import HandleError
 from crossvjp.adapters._flax_metadata import boxed, collection_of, unboxed
 from crossvjp.adapters._nnx_structure import check_structure
-from crossvjp.extend import Alike, Keys, Path, Variables, public_methods
+from crossvjp.extend import Alike, Keys, Path, Variables, public_methods, used_keys
 
-_Counts: TypeAlias = dict[tuple[Any, ...], tuple[str, Any]]
+_Leaves: TypeAlias = list[tuple[tuple[Any, ...], Any]]
 _GRAPH = True  # opens every module that tree mode opens, and shared variables besides
 
 
@@ -30,7 +30,7 @@ class NnxGuest(Alike):
         super().__init__(module if make is None else make, has_values=make is None)
 
     @functools.cached_property
-    def _structure(self) -> tuple[Any, list[tuple[tuple[Any, ...], Any]]]:
+    def _structure(self) -> tuple[Any, _Leaves]:
         """The module's definition, and its leaves with their paths; of one still to be made, on types alone."""
         make: Any = self._make
         module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))) if self._module is None else self._module
@@ -51,39 +51,55 @@ class NnxGuest(Alike):
     def apply(
         self, variables: Variables, keys: Keys, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Any, Variables]:
-        graphdef, template = self._structure
+        template = self._structure[1]
         plain = {name: {path: unboxed(value) for path, value in held.items()} for name, held in variables.items()}
         given = {path: value for held in plain.values() for path, value in held.items()}
         leaves = [_filled(path, leaf, given) for path, leaf in template]
-        module = nnx.merge(graphdef, leaves, copy=True)
-        tags = sorted({leaf.tag for _, leaf in template if isinstance(leaf, nnx.RngKey)})
-        found = keys.spread(tags)
-        nnx.reseed(module, graph=_GRAPH, policy="match_shape", **found)
-        counts = _counts(module)
-        out = (module if method == "__call__" else getattr(module, method))(*args, **kwargs)
-        graphdef_after, after = _flattened(module)
-        if graphdef_after != graphdef:
-            check_structure(nnx.merge(graphdef, leaves, copy=True), module, "a host")
-        _check_drawn(counts, _counts(module), set(found))
-        written = [(path, leaf) for path, leaf in after if _raw(leaf) is not given.get(tuple(map(str, path)))]
-        return out, _variables(written)
+        found = keys.spread(sorted({leaf.tag for _, leaf in template if isinstance(leaf, nnx.RngKey)}))
 
+        def run(streams: Mapping[str, Any]) -> tuple[Any, Variables, list[str]]:
+            out, after, drawn = self._call(leaves, streams, method, args, kwargs)
+            written = [(path, leaf) for path, leaf in after if _raw(leaf) is not given.get(tuple(map(str, path)))]
+            return out, _variables(written), drawn
 
-def _check_drawn(before: _Counts, after: _Counts, found: set[str]) -> None:
-    for path, (tag, count) in after.items():
-        if tag not in found and path in before and count is not before[path][1]:
+        out, updates, drawn = run(found)
+        missing = sorted(set(drawn) - set(found))
+        # What runs inside may draw keys that nobody uses, or count on without drawing.
+        used = used_keys(lambda drawn: run({**found, **dict(zip(missing, drawn, strict=True))})[:2], len(missing))
+        for tag in (tag for tag, is_used in zip(missing, used, strict=True) if is_used):
             raise HandleError(
                 f"The guest drew from its stream {tag!r}, but its host has no PRNG key for it: give the host one, as "
                 "its framework has it."
             )
+        return out, updates
+
+    def _call(
+        self,
+        leaves: list[Any],
+        streams: Mapping[str, Any],
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Any, _Leaves, list[str]]:
+        """Calls a method; gives its output, the leaves after it, and the streams whose counters moved."""
+        graphdef = self._structure[0]
+        module: Any = nnx.merge(graphdef, leaves, copy=True)
+        nnx.reseed(module, graph=_GRAPH, policy="match_shape", **streams)
+        counts = _counts(_flattened(module)[1])
+        out = (module if method == "__call__" else getattr(module, method))(*args, **kwargs)
+        graphdef_after, after = _flattened(module)
+        if graphdef_after != graphdef:
+            check_structure(nnx.merge(graphdef, leaves, copy=True), module, "a host")
+        moved = [tag for path, (tag, now) in _counts(after).items() if path in counts and counts[path][1] is not now]
+        return out, after, moved
 
 
-def _flattened(module: Any) -> tuple[Any, list[tuple[tuple[Any, ...], Any]]]:
+def _flattened(module: Any) -> tuple[Any, _Leaves]:
     graphdef, flat = nnx.graph.flatten(module, graph=_GRAPH)
     return graphdef, list(flat)
 
 
-def _values(leaves: list[tuple[tuple[Any, ...], Any]]) -> list[Any]:
+def _values(leaves: _Leaves) -> list[Any]:
     return [leaf for _, leaf in leaves]
 
 
@@ -91,7 +107,7 @@ def _raw(leaf: Any) -> Any:
     return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
-def _variables(leaves: list[tuple[tuple[Any, ...], Any]]) -> Variables:
+def _variables(leaves: _Leaves) -> Variables:
     """Sorts leaves by collection, without what belongs to random streams."""
     found: Variables = {}
     for path, leaf in leaves:
@@ -114,7 +130,5 @@ def _filled(path: tuple[Any, ...], leaf: Any, given: Mapping[Path, Any]) -> Any:
     return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
 
 
-def _counts(module: Any) -> _Counts:
-    return {
-        path: (leaf.tag, leaf.get_raw_value()) for path, leaf in _flattened(module)[1] if isinstance(leaf, nnx.RngCount)
-    }
+def _counts(leaves: _Leaves) -> dict[Any, tuple[str, Any]]:
+    return {path: (leaf.tag, leaf.get_raw_value()) for path, leaf in leaves if isinstance(leaf, nnx.RngCount)}

@@ -74,7 +74,7 @@ class Hosted(nnx.Module):
         flat: dict[Path, Any] = {}
         for collection, held in variables.items():
             for path, value in held.items():
-                flat[places.get((collection, path), path)] = variable_of(collection, value)
+                flat[places.get((collection, path)) or path] = variable_of(collection, value)
         for name, value in nested(flat).items():
             before = vars(self).get(name)
             if isinstance(before, Mapping):

@@ -12,9 +12,10 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 
-from ._arrays import Static
+from ._arrays import ArrayType, Static, is_array
 from ._errors import HandleError
 from ._paths import Path
+from ._used import used_arguments
 
 Leaves: TypeAlias = dict[Path, Any]
 """Values by their paths in the guest; each an array, or a framework's box of metadata around one."""
@@ -211,6 +212,17 @@ def has_parameter(function: Callable[..., Any], name: str) -> bool:
         return name in inspect.signature(function.__init__ if isinstance(function, type) else function).parameters
     except (TypeError, ValueError):  # built-in functions have no signature
         return False
+
+
+def used_keys(function: Callable[[list[Any]], Any], count: int) -> list[bool]:
+    """Says which of several PRNG keys reach the arrays that a function returns; traces it if there are any."""
+    if not count:
+        return []
+
+    def arrays(keys: list[Any]) -> list[Any]:
+        return [leaf for leaf in jax.tree.leaves(function(keys)) if is_array(leaf)]
+
+    return used_arguments(arrays, [ArrayType.of(jax.random.key(0))] * count)
 
 
 NO_KEY = (

@@ -28,6 +28,7 @@ from ._guest import makes_models as makes_models
 from ._guest import merged as merged
 from ._guest import nested as nested
 from ._guest import note_missing_key as note_missing_key
+from ._guest import used_keys as used_keys
 from ._guest import without_initialisation as without_initialisation
 from ._host import Hosting as Hosting
 from ._host import Options as Options
