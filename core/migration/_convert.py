@@ -11,7 +11,8 @@ import numpy as np
 from .._paths import Path
 from ._canonical import canonical_of, constants_of, filled_of, moves_of, own_of, settle_absent
 from ._layer import Arrays, Canonical, Layer, Layout
-from ._pieces import Names, inverse_of, names_by, numpy_of
+from ._names import Names
+from ._pieces import inverse_of, names_by, numpy_of
 from ._registry import check_convertible
 from ._remainder import Exact, Remainder, copied, recall_params, recall_state, where
 
