@@ -30,7 +30,7 @@ def migrate(
     target_train: Call | None = None,
     mapping: Mapping[str, str | None] | None = None,
     steps: int = 3,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.01,
     tolerance: float | None = None,
     prove: bool = True,
     check: bool = True,
