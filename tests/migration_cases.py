@@ -39,6 +39,17 @@ def attended(module: Any, x: Any, y: Any) -> Any:
     return module(x, y, y)
 
 
+def depthwise(haiku: Any, *sizes: int) -> Case:
+    window = (3,) * len(sizes)
+    return Case(
+        lambda: (draw(2, *sizes, 4),),
+        {
+            "linen": lambda dtype: nn.Conv(8, window, feature_group_count=4),
+            "haiku": lambda dtype: haiku(2, window),
+        },
+    )
+
+
 def haiku_conv_transpose(axes: int) -> Any:
     return {1: hk.Conv1DTranspose, 2: hk.Conv2DTranspose}[axes]
 
@@ -56,7 +67,7 @@ def conv(features: int, ins: int, axes: int, size: int, padding: Any = "SAME", *
             "linen": lambda dtype: nn.Conv(features, window, **flax),
             "nnx": lambda dtype: nnx.Conv(ins, features, window, rngs=rngs(), **flax),
             "haiku": lambda dtype: hk.ConvND(
-                axes, features, window, step, grow, padding, feature_group_count=groups, data_format=channels_last(axes)
+                axes, features, window, step, grow, padding, feature_group_count=groups, data_format="channels_last"
             ),
             "equinox": lambda dtype: eqx.nn.Conv(
                 axes, ins, features, window, step, padding, grow, groups, key=jax.random.key(0)
@@ -64,10 +75,6 @@ def conv(features: int, ins: int, axes: int, size: int, padding: Any = "SAME", *
         },
         {"equinox": channels_first},
     )
-
-
-def channels_last(axes: int) -> str:
-    return "channels_last" if axes else ""
 
 
 def conv_transpose(axes: int, size: int, strides: int, padding: Any, equinox: Any, turned: bool = False) -> Case:
@@ -138,7 +145,12 @@ def heads(use_bias: bool) -> Case:
 
 def precise(dtype: Any) -> Any:
     """Gives Linen's attention for float64: NNX's own takes its softmax in float32."""
-    return nn.dot_product_attention if dtype == jnp.float64 else nnx.dot_product_attention
+
+    def attention(*args: Any, is_causal: bool = False, **kwargs: Any) -> Any:
+        assert not is_causal
+        return nn.dot_product_attention(*args, **kwargs)
+
+    return attention if dtype == jnp.float64 else nnx.dot_product_attention
 
 
 def on_flat(module: Any, x: Any) -> Any:
@@ -151,6 +163,45 @@ def nchw(module: Any, x: Any) -> Any:
 
 def per_position(module: Any, x: Any) -> Any:
     return jax.vmap(jax.vmap(module))(x)
+
+
+def rnn(double_bias: bool) -> Case:
+    return Case(
+        lambda: (draw(2, 5), draw(2, 3, seed=2)),
+        {
+            "linen": lambda dtype: nn.SimpleCell(3, activation_fn=nn.relu),
+            "nnx": lambda dtype: nnx.SimpleCell(5, 3, activation_fn=nnx.relu, dtype=dtype, rngs=rngs()),
+            "haiku": lambda dtype: hk.VanillaRNN(3, double_bias=double_bias),
+        },
+        {"linen": flax_cell, "nnx": flax_cell, "haiku": lambda cell, x, h: cell(x, h)[0]},
+    )
+
+
+def batch_norm(training: bool) -> Case:
+    def flax(module: Any, x: Any) -> Any:
+        return module(x, use_running_average=not training)
+
+    def equinox(module: Any, state: Any, x: Any) -> Any:
+        run = functools.partial(module, inference=not training)
+        out, state = jax.vmap(run, (0, None), (0, None), axis_name="batch")(jnp.moveaxis(x, -1, 1), state)
+        return jnp.moveaxis(out, 1, -1), state
+
+    return Case(
+        IMAGE,
+        {
+            "linen": lambda dtype: nn.BatchNorm(momentum=0.9),
+            "nnx": lambda dtype: nnx.BatchNorm(6, momentum=0.9, rngs=rngs()),
+            "haiku": lambda dtype: hk.BatchNorm(True, True, 0.9),
+            "equinox": lambda dtype: eqx.nn.BatchNorm(6, "batch", momentum=0.9, mode="batch", dtype=dtype),
+        },
+        {
+            "linen": flax,
+            "nnx": flax,
+            # While it is initialised it must train: it has no averages yet.
+            "haiku": lambda module, x: module(x, is_training=training or hk.running_init()),
+            "equinox": equinox,
+        },
+    )
 
 
 IMAGE = lambda: (draw(2, 5, 4, 6),)
@@ -226,6 +277,8 @@ CASES: dict[str, Case] = {
         },
         {"equinox": channels_first},
     ),
+    "conv, depthwise, 1 axis": depthwise(hk.DepthwiseConv1D, 5),
+    "conv, depthwise, 3 axes": depthwise(hk.DepthwiseConv3D, 4, 3, 2),
     "conv, channels first in Haiku": Case(
         IMAGE,
         {
@@ -286,21 +339,8 @@ CASES: dict[str, Case] = {
         },
         {"haiku": nchw, "equinox": channels_first},
     ),
-    "batch_norm": Case(
-        IMAGE,
-        {
-            "linen": lambda dtype: nn.BatchNorm(momentum=0.9),
-            "nnx": lambda dtype: nnx.BatchNorm(6, momentum=0.9, rngs=rngs()),
-            "haiku": lambda dtype: hk.BatchNorm(True, True, 0.9),
-            "equinox": lambda dtype: eqx.nn.BatchNorm(6, "batch", momentum=0.9, mode="batch", dtype=dtype),
-        },
-        {
-            "linen": lambda module, x: module(x, use_running_average=True),
-            "nnx": lambda module, x: module(x, use_running_average=True),
-            "haiku": lambda module, x: module(x, is_training=hk.running_init()),
-            "equinox": lambda module, state, x: equinox_batch_norm(module, state, x, True),
-        },
-    ),
+    "batch_norm": batch_norm(training=False),
+    "batch_norm, training": batch_norm(training=True),
     "embedding": Case(
         lambda: (np.array([[0, 3, 3], [1, 6, 0]]),),
         {
@@ -342,15 +382,8 @@ CASES: dict[str, Case] = {
         },
         {"linen": flax_cell, "nnx": flax_cell},
     ),
-    "rnn": Case(
-        lambda: (draw(2, 5), draw(2, 3, seed=2)),
-        {
-            "linen": lambda dtype: nn.SimpleCell(3, activation_fn=nn.relu),
-            "nnx": lambda dtype: nnx.SimpleCell(5, 3, activation_fn=nnx.relu, dtype=dtype, rngs=rngs()),
-            "haiku": lambda dtype: hk.VanillaRNN(3, double_bias=False),
-        },
-        {"linen": flax_cell, "nnx": flax_cell, "haiku": lambda cell, x, h: cell(x, h)[0]},
-    ),
+    "rnn": rnn(double_bias=False),
+    "rnn with two biases in Haiku": rnn(double_bias=True),
     "prelu": Case(
         lambda: (draw(2, 5),),
         {
@@ -360,13 +393,6 @@ CASES: dict[str, Case] = {
         },
     ),
 }
-
-
-def equinox_batch_norm(module: Any, state: Any, x: Any, inference: bool) -> Any:
-    """Runs Equinox's batch norm over a batch, channels last."""
-    run = functools.partial(module, inference=inference)
-    out, state = jax.vmap(run, (0, None), (0, None), axis_name="batch")(jnp.moveaxis(x, -1, 1), state)
-    return jnp.moveaxis(out, 1, -1), state
 
 
 @functools.cache

@@ -55,14 +55,16 @@ def build_nnx(make: Any, call: Any, args: Any) -> Built:
     empty = jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), rest)
 
     def filled(types, arrays):
-        return nnx.from_flat_state([(path, kind.replace(arrays[path])) for path, kind in nnx.to_flat_state(types)])
+        return nnx.from_flat_state(
+            [(path, kind.replace(jnp.asarray(arrays[path]))) for path, kind in nnx.to_flat_state(types)]
+        )
 
     def run(new_params, new_state, *args):
         live = nnx.merge(graph, filled(params, new_params), filled(state, new_state), empty, copy=True)
         out = call(live, *args)
         return out, {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(live, nnx.BatchStat))}
 
-    types = [{path: _type(leaf) for path, leaf in nnx.to_flat_state(part)} for part in (params, state)]
+    types: Any = [{path: _type(leaf) for path, leaf in nnx.to_flat_state(part)} for part in (params, state)]
     return Built(Layer(("layer",), "nnx", module, *types), run)
 
 
@@ -209,6 +211,7 @@ def check_converts(source: Evaluated, target: Evaluated, layout: Layout | None, 
 
 def _has_source(of: Layer, its: Layout, to: Layer, theirs: Layout, path: Any) -> bool:
     names = {name for move in its.moves(of) for name in move.canonical}
+    names |= {name for name, part_of in its.absent.items() if isinstance(part_of, str)}
     return any(path in move.own and set(move.canonical) <= names for move in theirs.moves(to))
 
 

@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 
 import crossvjp as cv
-from crossvjp.adapters.haiku import bind
 from crossvjp.migration import MigrationError
 from crossvjp.testing import assert_same_bits
 
@@ -39,8 +38,11 @@ def net(*layers: Any) -> Any:
 
 
 def test_shapes_that_dont_match_are_named_on_both_sides():
-    with pytest.raises(MigrationError, match=r"'layers_0' of the source and 'linear' of the target don't have the same "
-                       r"arrays: `kernel` \[4, 3\] and \[4, 2\], `bias` \[3\] and \[2\]"):
+    with pytest.raises(
+        MigrationError,
+        match=r"'layers_0' of the source and 'linear' of the target don't have the same "
+        r"arrays: `kernel` \[4, 3\] and \[4, 2\], `bias` \[3\] and \[2\]",
+    ):
         cv.migrate(bound(nn.Dense(3)), net(lambda: hk.Linear(2)), X)
 
 
@@ -59,7 +61,9 @@ def test_a_layer_left_over_in_the_source_is_named_and_stands_in_the_table():
 
 
 def test_a_layer_left_over_in_the_target_is_named():
-    with pytest.raises(MigrationError, match=r"The target's 'linear_1' \(Linear kernel\[3,3\] bias\[3\]\) gets nothing"):
+    with pytest.raises(
+        MigrationError, match=r"The target's 'linear_1' \(Linear kernel\[3,3\] bias\[3\]\) gets nothing"
+    ):
         cv.migrate(bound(nn.Dense(3)), net(lambda: hk.Linear(3), lambda: hk.Linear(3)), X)
 
 
@@ -72,7 +76,9 @@ def test_a_layer_that_the_sample_does_not_reach_is_told_to_be_so():
         def __call__(self, x):
             return self.used(x)
 
-    with pytest.raises(MigrationError, match=r"'unused/bias' \(own parameter \[7\] \(not called\)\) has no counterpart"):
+    with pytest.raises(
+        MigrationError, match=r"'unused/bias' \(own parameter \[7\] \(not called\)\) has no counterpart"
+    ):
         cv.migrate(Net(), net(lambda: hk.Linear(3)), X)
 
 
@@ -95,7 +101,9 @@ def test_a_missing_collection_is_named():
     variables = jax.jit(model.init)(jax.random.key(0), X)
     target = nnx.BatchNorm(4, use_running_average=True, rngs=nnx.Rngs(0))
     trained = model.bind({"params": variables["params"]})
-    with pytest.raises(MigrationError, match=r"target's BatchNorm .* has state \(mean, var\), and the source's BatchNorm"):
+    with pytest.raises(
+        MigrationError, match=r"target's BatchNorm .* has state \(mean, var\), and the source's BatchNorm"
+    ):
         cv.migrate(trained, target, X)
 
 
@@ -108,7 +116,10 @@ def test_a_missing_collection_is_named():
             eqx.nn.BatchNorm(4, "batch", mode="batch"),
             r"The Equinox module BatchNorm has state at 'batch_counter'. Pass both, \(model, state\)",
         ),
-        ({"w": X}, "The source must be a model of Flax Linen, Flax NNX, Haiku or Equinox, or a Migration, but is a dict"),
+        (
+            {"w": X},
+            "The source must be a model of Flax Linen, Flax NNX, Haiku or Equinox, or a Migration, but is a dict",
+        ),
     ],
 )
 def test_a_source_without_values_is_refused(model, message):
@@ -202,5 +213,7 @@ def test_optimiser_states_of_which_nothing_is_known_are_refused_until_somebody_s
 
 def test_a_tree_that_is_no_gradient_of_the_source_is_refused():
     made = cv.migrate(bound(nn.Dense(3)), net(lambda: hk.Linear(3)), X, prove=False)
-    with pytest.raises(MigrationError, match=r"must have the structure of the parameters of the Linen model.*only one of"):
+    with pytest.raises(
+        MigrationError, match=r"must have the structure of the parameters of the Linen model.*only one of"
+    ):
         made.cotangents({"layers_0": {"kernel": X}})

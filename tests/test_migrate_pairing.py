@@ -190,7 +190,9 @@ class EquinoxStack(eqx.Module):
         return jax.lax.scan(lambda x, dense: (x + jnp.tanh(jax.vmap(dense)(x)), None), x, self.dense)[0]
 
 
-@pytest.mark.parametrize("target", [lambda: linen(linen_stack), lambda: hk.transform(haiku_stack), NnxStack, EquinoxStack])
+@pytest.mark.parametrize(
+    "target", [lambda: linen(linen_stack), lambda: hk.transform(haiku_stack), NnxStack, EquinoxStack]
+)
 def test_layers_that_are_stacked_for_a_loop_move_as_they_are(target):
     source = haiku(haiku_stack)
     made = cv.migrate(source, target(), X, steps=0)

@@ -31,12 +31,12 @@ def test_resnet18_of_haiku_moves_to_linen_with_its_state_and_the_proof():
         target_train=lambda mdl, x: mdl(x, True),
         steps=2,
     )
-    print(moved.report)
     assert moved.report.proved
     assert len(moved.report.layers) == 41  # 20 convolutions, 20 batch norms, one dense layer
     shortcut = next(one for one in moved.report.layers if one.target == "group_1_block_0/shortcut_norm")
     assert shortcut.source == "res_net18/~/block_group_1/~/block_0/~/shortcut_batchnorm"
     text = str(moved.report)
     assert "parameters after 2 steps" in text
+    assert "hidden_mean, hidden_var, mean_count, var_count of res_net18/~/initial_batchnorm" in text
     assert moved.variables["batch_stats"]["stem_norm"]["mean"].shape == (64,)
     assert jnp.all(moved.variables["params"]["stem"]["kernel"] == params["res_net18/~/initial_conv"]["w"])

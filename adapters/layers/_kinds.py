@@ -18,12 +18,14 @@ hidden_var, mean_count and var_count.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from crossvjp.migration import Canonical, Layer, Move, Piece, Reshape
+from crossvjp.migration import Canonical, Layer, Layout, Move, Piece, Reshape
 
 
 def rename(own: str, canonical: str, *pieces: Piece) -> Move:
@@ -45,6 +47,21 @@ def flatten(layer: Layer, own: str, canonical: str) -> Move:
 def name_of(function: Any) -> str:
     """Names an activation function."""
     return getattr(function, "__name__", repr(function))
+
+
+def stating_dtype(*layouts: Layout) -> tuple[Layout, ...]:
+    """Adds what the layers compute in to their settings: a dtype that the module names, or that of what it is given."""
+    return tuple(dataclasses.replace(layout, settings=_with_dtype(layout.settings)) for layout in layouts)
+
+
+def _with_dtype(settings: Callable[[Any], Mapping[str, Any]]) -> Callable[[Any], Mapping[str, Any]]:
+    return lambda module: {**settings(module), "dtype": _dtype}
+
+
+def _dtype(layer: Layer) -> str:
+    dtype = getattr(layer.module, "dtype", None)
+    own = {jnp.dtype(kind.dtype) for kind in layer.params.values()}
+    return "inferred" if dtype is None or {jnp.dtype(dtype)} == own else jnp.dtype(dtype).name
 
 
 def long_count(momentum: float) -> int:

@@ -23,7 +23,7 @@ from crossvjp.migration import (
     transposed_padding_of,
 )
 
-from ._kinds import flatten, rename, shape_of, statistics
+from ._kinds import flatten, rename, shape_of, stating_dtype, statistics
 
 _SWAP = Transpose((1, 0))
 
@@ -124,7 +124,7 @@ def _transposed_padding(module: eqx.nn.ConvTranspose) -> Any:
         return transposed_padding_of("SAME", *sizes)
     if module.padding == "SAME_LOWER":
         return "SAME_LOWER"
-    pads = module.padding if module.padding != "VALID" else ((0, 0),) * module.num_spatial_dims
+    pads: Any = module.padding if module.padding != "VALID" else ((0, 0),) * module.num_spatial_dims
     spans = [rate * (size - 1) for size, rate in zip(module.kernel_size, module.dilation, strict=True)]
     return tuple(
         (span - before, span - after + extra)
@@ -169,7 +169,7 @@ _GATED = {"gate": "sigmoid", "activation": "tanh"}
 _RUNNING = StateMove(_to_canonical, _from_canonical)
 _EMA = StateMove(_ema_to_canonical, _ema_from_canonical)
 
-LAYOUTS: tuple[Layout, ...] = (
+LAYOUTS: tuple[Layout, ...] = stating_dtype(
     layout(eqx.nn.Linear, "linear", _linear, settings={"use_bias": "use_bias"}),
     layout(eqx.nn.Conv, "conv", _conv, settings=_conv_settings),
     layout(eqx.nn.ConvTranspose, "conv_transpose", _conv, settings=_transposed_settings),

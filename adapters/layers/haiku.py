@@ -28,7 +28,7 @@ from crossvjp.migration import (
     transposed_padding_of,
 )
 
-from ._kinds import flatten, rename, shape_of, statistics
+from ._kinds import flatten, rename, shape_of, stating_dtype, statistics
 
 
 def _linear(layer: Layer) -> Sequence[Move]:
@@ -189,7 +189,7 @@ _VANILLA: Any = {
     ("linear_1", "b"): "hidden_bias",
 }
 
-LAYOUTS: tuple[Layout, ...] = (
+LAYOUTS: tuple[Layout, ...] = stating_dtype(
     layout(hk.Linear, "linear", _linear, settings={"use_bias": "with_bias"}),
     layout(hk.ConvND, "conv", _conv, settings=_conv_settings),
     *(layout(cls, "conv", _conv, settings=_conv_settings) for cls in _DEPTHWISE),
@@ -207,7 +207,7 @@ LAYOUTS: tuple[Layout, ...] = (
         hk.VanillaRNN,
         "rnn",
         _VANILLA,
-        absent={"hidden_bias": 0.0},
+        absent={"hidden_bias": "bias"},
         settings=lambda module: {"activation": "relu", "residual": False},
     ),
 )

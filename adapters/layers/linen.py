@@ -10,7 +10,7 @@ import flax.linen as nn
 from crossvjp.migration import Concatenate, Layer, Layout, Move, Refusal, layout
 
 from . import _flax
-from ._kinds import rename, shape_of
+from ._kinds import rename, shape_of, stating_dtype
 
 
 def _general(layer: Layer) -> Sequence[Move]:
@@ -54,7 +54,7 @@ def _gru(layer: Layer) -> Sequence[Move]:
 
 _RNN: Mapping[Any, str] = {("i", "kernel"): "input_kernel", ("i", "bias"): "bias", ("h", "kernel"): "hidden_kernel"}
 
-LAYOUTS: tuple[Layout, ...] = (
+LAYOUTS: tuple[Layout, ...] = stating_dtype(
     layout(nn.Dense, "linear", _flax.KERNEL, settings={"use_bias": "use_bias"}),
     layout(nn.DenseGeneral, "linear", _general, settings=_general_settings),
     layout(nn.Einsum, "einsum", _flax.KERNEL, settings={"equation": "einsum_str", "use_bias": "use_bias"}),
@@ -70,7 +70,7 @@ LAYOUTS: tuple[Layout, ...] = (
     layout(nn.LSTMCell, "lstm", _lstm, settings=_flax.cell_settings),
     layout(nn.OptimizedLSTMCell, "lstm", _lstm, settings=_flax.cell_settings),
     layout(nn.GRUCell, "gru", _gru, settings=_flax.cell_settings),
-    layout(nn.SimpleCell, "rnn", _RNN, absent={"hidden_bias": 0.0}, settings=_flax.cell_settings),
+    layout(nn.SimpleCell, "rnn", _RNN, absent={"hidden_bias": "bias"}, settings=_flax.cell_settings),
     layout(nn.PReLU, "prelu", {"negative_slope": "negative_slope"}),
 )
 REFUSALS: tuple[Refusal, ...] = ()

@@ -10,7 +10,7 @@ from flax import nnx
 from crossvjp.migration import Concatenate, Layer, Layout, Move, Refusal, layout
 
 from . import _flax
-from ._kinds import rename, shape_of
+from ._kinds import rename, shape_of, stating_dtype
 
 
 def _general(layer: Layer) -> Sequence[Move]:
@@ -35,11 +35,12 @@ def _lstm(layer: Layer) -> Sequence[Move]:
 
 
 _INPUT: Mapping[Any, str] = {("dense_i", "kernel"): "input_kernel", ("dense_h", "kernel"): "hidden_kernel"}
+# The last is what flax#5595 would add; until then these cells lack it.
+_GRU = {**_INPUT, ("dense_i", "bias"): "bias", ("hn_bias",): "hidden_bias"}
 _INPUT_BIAS = {**_INPUT, ("dense_i", "bias"): "bias"}
 _HIDDEN_BIAS = {**_INPUT, ("dense_h", "bias"): "bias"}
-_WITHOUT = {"hidden_bias": 0.0}
 
-LAYOUTS: tuple[Layout, ...] = (
+LAYOUTS: tuple[Layout, ...] = stating_dtype(
     layout(nnx.Linear, "linear", _flax.KERNEL, settings={"use_bias": "use_bias"}),
     layout(nnx.LinearGeneral, "linear", _general, settings=_general_settings),
     layout(nnx.Einsum, "einsum", _flax.KERNEL, settings={"equation": "einsum_str"}),
@@ -54,8 +55,8 @@ LAYOUTS: tuple[Layout, ...] = (
     layout(nnx.MultiHeadAttention, "attention", _flax.attention, settings=_flax.attention_settings),
     layout(nnx.LSTMCell, "lstm", _lstm, settings=_flax.cell_settings),
     layout(nnx.OptimizedLSTMCell, "lstm", _HIDDEN_BIAS, settings=_flax.cell_settings),
-    layout(nnx.GRUCell, "gru", _INPUT_BIAS, absent=_WITHOUT, settings=_flax.cell_settings),
-    layout(nnx.SimpleCell, "rnn", _INPUT_BIAS, absent=_WITHOUT, settings=_flax.cell_settings),
+    layout(nnx.GRUCell, "gru", _GRU, absent={"hidden_bias": 0.0}, settings=_flax.cell_settings),
+    layout(nnx.SimpleCell, "rnn", _INPUT_BIAS, absent={"hidden_bias": "bias"}, settings=_flax.cell_settings),
     layout(nnx.PReLU, "prelu", {"negative_slope": "negative_slope"}),
 )
 REFUSALS: tuple[Refusal, ...] = ()

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from .._errors import ArgumentError
 from .._paths import show
@@ -84,33 +85,51 @@ def constants_of(moves: list[Move], params: Arrays) -> Canonical:
     return constants
 
 
-def names_of(moves: list[Move]) -> set[str]:
-    """Lists the canonical names that the moves lead to."""
-    return {name for move in moves for name in move.canonical}
+def settle_absent(
+    source: Layer, target: Layer, layout: Layout, back: list[Move], canonical: Canonical
+) -> dict[str, Canonical]:
+    """Takes out the arrays that the target lacks, adding them to those that they are merged into.
+
+    Returns:
+        What was added, by the name of what it was added to.
+    """
+    lacking = sorted(canonical.keys() - {name for move in back for name in move.canonical})
+    if unknown := [name for name in lacking if name not in layout.absent]:
+        raise _no_place(source, target, unknown)
+    merged: dict[str, Canonical] = {}
+    for name in lacking:
+        stands_for, array = layout.absent[name], canonical.pop(name)
+        if isinstance(stands_for, str):
+            canonical[stands_for] = canonical[stands_for] + array
+            merged.setdefault(stands_for, {})[name] = array
+        else:
+            _check_absent(source, target, name, array, stands_for)
+    return merged
 
 
 def filled_of(source: Layer, layout: Layout, target: Layer, back: list[Move], canonical: Canonical) -> Canonical:
     """Makes the arrays that only the target has, where the source computes as if it had them."""
-    missing = sorted(names_of(back) - canonical.keys())
+    missing = sorted({name for move in back for name in move.canonical} - canonical.keys())
     if lacking := [name for name in missing if name not in layout.absent]:
-        raise no_place(target, source, lacking)
+        raise _no_place(target, source, lacking)
     types = {name: kind for move in back for name, kind in types_of(target, move).items()}
     dtypes = [array.dtype for array in canonical.values()]  # as all that is converted, of the source's
+    numbers = {name: 0.0 if isinstance(layout.absent[name], str) else layout.absent[name] for name in missing}
     return {
-        name: np.full(types[name].shape, layout.absent[name], (dtypes or [types[name].dtype])[0]) for name in missing
+        name: np.full(types[name].shape, number, [*dtypes, types[name].dtype][0]) for name, number in numbers.items()
     }
 
 
-def no_place(having: Layer, lacking: Layer, names: list[str]) -> ArgumentError:
+def _no_place(having: Layer, lacking: Layer, names: list[str]) -> ArgumentError:
     return ArgumentError(
         f"{titled(having)} has {' and '.join(repr(name) for name in names)}, for which {titled(lacking)} has no "
         "array. Make both with it or both without, such as by `use_bias`."
     )
 
 
-def check_absent(source: Layer, target: Layer, name: str, array: Any, number: float) -> None:
+def _check_absent(source: Layer, target: Layer, name: str, array: Any, number: float) -> None:
     """Refuses to drop an array that is not what its absence stands for."""
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         raise ArgumentError(
             f"Whether {titled(target)} can do without the {name!r} of {titled(source)} depends on its values, "
             "which are traced here. Convert outside of `jax.jit`."

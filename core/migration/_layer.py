@@ -81,8 +81,8 @@ class Layout:
         cls: the framework's class.
         moves: `(layer) -> moves`, of the parameters. Sizes come from the layer's types and attributes.
         state: of the state, if it has any.
-        absent: canonical arrays that layers of the class may lack, and the number that each then stands for. RMSNorm
-            without a bias computes what it would with a bias of 0.
+        absent: canonical arrays that layers of the class may lack, and the number that each then stands for, or the
+            name of the array that it is part of. RMSNorm without a bias computes what it would with a bias of 0.
         settings: `(module) -> {name: value}`, what the function depends on besides its arrays, by names that all
             frameworks share ("epsilon", "momentum", "padding"). Compared between the two sides. A value may be a
             function of the `Layer`, for what only its arrays' shapes tell.
@@ -93,6 +93,6 @@ class Layout:
     cls: type
     moves: Callable[[Layer], Sequence[Move]]
     state: StateMove | None = None
-    absent: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    absent: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
     settings: Callable[[Any], Mapping[str, Any]] = lambda module: {}
     when: Callable[[Any], bool] | None = None

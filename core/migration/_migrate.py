@@ -8,6 +8,7 @@ from typing import Any
 
 from .._errors import ArgumentError, MigrationError
 from ._canonical import moves_of, types_of
+from ._layer import Arrays
 from ._migration import Migration
 from ._moving import Moving
 from ._opened import Call, Opened, migration_of
@@ -98,7 +99,8 @@ def migrate(
         Side(one, one.params, one.state, source_call, source_train),
         Side(other, params, state, target_call, target_train),
     )
-    report = Report([_moved(pair) for pair in pairs], [], _settings(pairs), (one.framework, other.framework))
+    kept = _kept(pairs, one.state, state)
+    report = Report([_moved(pair) for pair in pairs], [], _settings(pairs), (one.framework, other.framework), kept)
     if prove:
         try:
             checks = proof(moving, *sides, sample, steps=steps, learning_rate=learning_rate, tolerance=tolerance)
@@ -179,6 +181,18 @@ def _settings(pairs: Sequence[Pair]) -> list[Any]:
     ]
 
 
+def _kept(pairs: Sequence[Pair], state: Arrays, new_state: Arrays) -> dict[str, list[str]]:
+    """Lists what of the source's state is not in the target's, by layers."""
+    found: dict[str, list[str]] = {}
+    for mine, theirs in pairs:
+        layouts = mine.place.layout, theirs.place.layout
+        if layouts[0] and layouts[1] and layouts[0].state and layouts[1].state and not mine.place.stacked:
+            names = layouts[0].state.to_canonical(mine.place.layer, mine.place.of(state)).keys()
+            left = names - layouts[1].state.to_canonical(theirs.place.layer, theirs.place.of(new_state)).keys()
+            found |= {mine.name: sorted(left)} if left else {}
+    return found
+
+
 def _moved(pair: Pair) -> Moved:
     mine, theirs = pair
     named = [f"{name}[{','.join(map(str, shape))}]" for name, shape in mine.shapes.items()]
@@ -193,5 +207,3 @@ def _pieces(one: Candidate) -> list[str]:
         return []
     moves = moves_of(one.place.layer, one.place.layout)
     return [type(piece).__name__ for move in moves for piece in move.pieces if not isinstance(piece, Identity)]
-
-

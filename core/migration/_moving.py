@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -152,4 +151,3 @@ def _fitted(arrays: Arrays, types: Arrays, what: str) -> Arrays:
             )
         found[path] = jnp.array(array, dtype=wanted.dtype, copy=True)
     return found
-

@@ -52,9 +52,7 @@ class Candidate:
 Pair: TypeAlias = tuple[Candidate, Candidate]
 
 
-def paired(
-    source: Sequence[Candidate], target: Sequence[Candidate], mapping: Mapping[str, str | None]
-) -> list[Pair]:
+def paired(source: Sequence[Candidate], target: Sequence[Candidate], mapping: Mapping[str, str | None]) -> list[Pair]:
     """Pairs the layers of two models.
 
     Args:
@@ -158,9 +156,7 @@ def _by_groups(mine: Sequence[Candidate], theirs: Sequence[Candidate]) -> tuple[
     return pairs, problems
 
 
-def _groups(
-    mine: Sequence[Candidate], theirs: Sequence[Candidate]
-) -> list[tuple[list[Candidate], list[Candidate]]]:
+def _groups(mine: Sequence[Candidate], theirs: Sequence[Candidate]) -> list[tuple[list[Candidate], list[Candidate]]]:
     signatures = list(dict.fromkeys(one.signature for one in mine))
     both = [
         ([one for one in mine if one.signature == this], [one for one in theirs if one.signature == this])
@@ -225,7 +221,9 @@ def _no_pair(mine: Candidate, theirs: Candidate) -> str:
         return f"{what} are stacked differently: {mine.described()}, and {theirs.described()}."
     names = [*dict.fromkeys([*mine.shapes, *theirs.shapes])]
     differ = [name for name in names if mine.shapes.get(name) != theirs.shapes.get(name)]
-    shown = ", ".join(f"`{name}` {_shown(mine.shapes.get(name))} and {_shown(theirs.shapes.get(name))}" for name in differ)
+    shown = ", ".join(
+        f"`{name}` {_shown(mine.shapes.get(name))} and {_shown(theirs.shapes.get(name))}" for name in differ
+    )
     return f"{what} don't have the same arrays: {shown}."
 
 

@@ -10,17 +10,15 @@ import abc
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Names: TypeAlias = tuple[Any, ...] | None
-"""What the axes of one array are called or sharded over, one entry an axis; `None` where nothing is said."""
+from ._names import Names, renamed_axes
 
 
 class Piece(abc.ABC):
@@ -89,14 +87,14 @@ class Transpose(Piece):
     at: int = 0
 
     def __call__(self, arrays):
-        return _replace(arrays, self.at, arrays[self.at].transpose(self.axes))
+        return replace_at(arrays, self.at, arrays[self.at].transpose(self.axes))
 
     def inverse(self):
-        return Transpose(_inverse_order(self.axes), self.at)
+        return Transpose(inverse_order(self.axes), self.at)
 
     def names(self, axis_names):
         own = axis_names[self.at]
-        return axis_names if own is None else _replace(axis_names, self.at, tuple(own[axis] for axis in self.axes))
+        return axis_names if own is None else replace_at(axis_names, self.at, tuple(own[axis] for axis in self.axes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +115,16 @@ class Reshape(Piece):
     at: int = 0
 
     def __call__(self, arrays):
-        return _replace(arrays, self.at, arrays[self.at].reshape(self.after))
+        return replace_at(arrays, self.at, arrays[self.at].reshape(self.after))
 
     def inverse(self):
         return Reshape(self.after, self.before, self.at)
 
     def names(self, axis_names):
         own = axis_names[self.at]
-        return axis_names if own is None else _replace(axis_names, self.at, _renamed(own, self.before, self.after))
+        return (
+            axis_names if own is None else replace_at(axis_names, self.at, renamed_axes(own, self.before, self.after))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Flip(Piece):
     at: int = 0
 
     def __call__(self, arrays):
-        return _replace(arrays, self.at, numpy_of(arrays[self.at]).flip(arrays[self.at], self.axes))
+        return replace_at(arrays, self.at, numpy_of(arrays[self.at]).flip(arrays[self.at], self.axes))
 
     def inverse(self):
         return self
@@ -170,198 +170,26 @@ class ReorderBlocks(Piece):
         xp = numpy_of(array)
         ends: Any = len(self.order) if self.sizes is None else tuple(itertools.accumulate(self.sizes))[:-1]
         blocks = xp.split(array, ends, self.axis)
-        return _replace(arrays, self.at, xp.concatenate([blocks[block] for block in self.order], self.axis))
+        return replace_at(arrays, self.at, xp.concatenate([blocks[block] for block in self.order], self.axis))
 
     def inverse(self):
         sizes = None if self.sizes is None else tuple(self.sizes[block] for block in self.order)
-        return ReorderBlocks(self.axis, _inverse_order(self.order), sizes, self.at)
+        return ReorderBlocks(self.axis, inverse_order(self.order), sizes, self.at)
 
     def names(self, axis_names):
         return axis_names
 
 
-@dataclasses.dataclass(frozen=True)
-class AddConstant(Piece):
-    """Adds a constant to each of the equal blocks along an axis of one array.
-
-    Args:
-        axis: the axis that the blocks lie along.
-        constants: one number a block.
-        at: which array of the tuple.
-    """
-
-    axis: int
-    constants: tuple[float, ...]
-    at: int = 0
-
-    def __call__(self, arrays):
-        array = arrays[self.at]
-        constants = _by_blocks(array, self.axis, self.constants)
-        # A block whose constant is 0 stays as it is: -0.0 + 0.0 would be 0.0.
-        added = array + constants.astype(array.dtype)
-        return _replace(arrays, self.at, numpy_of(array).where(constants == 0, array, added))
-
-    def inverse(self):
-        return AddConstant(self.axis, tuple(-constant for constant in self.constants), self.at)
-
-    def linear(self):
-        return Identity()
-
-    def names(self, axis_names):
-        return axis_names
-
-
-@dataclasses.dataclass(frozen=True)
-class Negate(Piece):
-    """Turns the sign of some of the equal blocks along an axis of one array.
-
-    Args:
-        axis: the axis that the blocks lie along.
-        negated: for each block, whether it is negated.
-        at: which array of the tuple.
-    """
-
-    axis: int
-    negated: tuple[bool, ...]
-    at: int = 0
-
-    def __call__(self, arrays):
-        array = arrays[self.at]
-        negated = _by_blocks(array, self.axis, self.negated)
-        return _replace(arrays, self.at, numpy_of(array).where(negated, -array, array))
-
-    def inverse(self):
-        return self
-
-    def absolute(self):
-        return Identity()
-
-    def names(self, axis_names):
-        return axis_names
-
-
-@dataclasses.dataclass(frozen=True)
-class Split(Piece):
-    """Cuts one array into several along an axis; they stand in its place in the tuple.
-
-    Args:
-        axis: the axis.
-        sizes: sizes of the parts.
-        at: which array of the tuple.
-    """
-
-    axis: int
-    sizes: tuple[int, ...]
-    at: int = 0
-
-    def __call__(self, arrays):
-        ends = tuple(itertools.accumulate(self.sizes))[:-1]
-        parts = numpy_of(arrays[self.at]).split(arrays[self.at], ends, self.axis)
-        return (*arrays[: self.at], *parts, *arrays[self.at + 1 :])
-
-    def inverse(self):
-        return Concatenate(self.axis, self.sizes, self.at)
-
-    def names(self, axis_names):
-        parts = (axis_names[self.at],) * len(self.sizes)
-        return (*axis_names[: self.at], *parts, *axis_names[self.at + 1 :])
-
-
-@dataclasses.dataclass(frozen=True)
-class Concatenate(Piece):
-    """Joins several arrays along an axis. Names of axes that the arrays don't agree on are dropped.
-
-    Args:
-        axis: the axis.
-        sizes: the arrays' sizes along it.
-        at: where the first of them stands in the tuple; the others follow.
-    """
-
-    axis: int
-    sizes: tuple[int, ...]
-    at: int = 0
-
-    def __call__(self, arrays):
-        parts = arrays[self.at : self.at + len(self.sizes)]
-        joined = numpy_of(*parts).concatenate(parts, self.axis)
-        return (*arrays[: self.at], joined, *arrays[self.at + len(self.sizes) :])
-
-    def inverse(self):
-        return Split(self.axis, self.sizes, self.at)
-
-    def names(self, axis_names):
-        end = self.at + len(self.sizes)
-        return (*axis_names[: self.at], _agreed(axis_names[self.at : end]), *axis_names[end:])
-
-
-@dataclasses.dataclass(frozen=True)
-class Rearrange(Piece):
-    """Permutes the arrays of the tuple.
-
-    Args:
-        order: which array stands at each place of the result.
-    """
-
-    order: tuple[int, ...]
-
-    def __call__(self, arrays):
-        return tuple(arrays[place] for place in self.order)
-
-    def inverse(self):
-        return Rearrange(_inverse_order(self.order))
-
-    def names(self, axis_names):
-        return tuple(axis_names[place] for place in self.order)
-
-
-def _replace(values: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]:
+def replace_at(values: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]:
+    """Puts another value in one place of a tuple."""
     return (*values[:at], value, *values[at + 1 :])
 
 
-def _inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
+def inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
+    """Inverts a permutation."""
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
 def numpy_of(*arrays: Any) -> ModuleType:
     """Gives the module that handles these arrays: NumPy, or JAX's where one of them is JAX's."""
     return jnp if any(isinstance(array, jax.Array) for array in arrays) else np
-
-
-def _by_blocks(array: Any, axis: int, values: tuple[Any, ...]) -> Any:
-    """Spreads one value a block over the axis, in a shape that broadcasts against the array."""
-    spread = np.repeat(np.asarray(values), array.shape[axis] // len(values) if array.ndim else 1)
-    return spread.reshape([-1 if place == axis % array.ndim else 1 for place in range(array.ndim)])
-
-
-def _agreed(parts: tuple[Names, ...]) -> Names:
-    if any(part is None for part in parts):
-        return None
-    return tuple(axis[0] if all(name == axis[0] for name in axis) else None for axis in zip(*parts, strict=True))
-
-
-def _renamed(names: tuple[Any, ...], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[Any, ...]:
-    """Names the axes after a reshape, group by group of axes that have one product on both sides."""
-    renamed: list[Any] = [None] * len(after)
-    if 0 in before:
-        return tuple(renamed)
-    old = [axis for axis, size in enumerate(before) if size != 1]
-    new = [axis for axis, size in enumerate(after) if size != 1]
-    while old and new:
-        group_old, group_new = [old.pop(0)], [new.pop(0)]
-        while (had := math.prod(before[a] for a in group_old)) != (got := math.prod(after[a] for a in group_new)):
-            (group_old if had < got else group_new).append((old if had < got else new).pop(0))
-        known = [part for axis in group_old for part in _parts(names[axis])]
-        if len(group_old) == 1 and len(group_new) == 1:
-            renamed[group_new[0]] = names[group_old[0]]
-        elif known and names[group_old[0]] is not None:
-            # One name an axis as far as they go; the last axis, or the only one, takes the rest.
-            *firsts, last = group_new
-            for axis, part in zip(firsts, known, strict=False):
-                renamed[axis] = part
-            rest = tuple(known[len(firsts) :])
-            renamed[last] = rest[0] if len(rest) == 1 else rest or None
-    return tuple(renamed)
-
-
-def _parts(name: Any) -> tuple[Any, ...]:
-    return () if name is None else name if isinstance(name, tuple) else (name,)

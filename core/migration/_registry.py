@@ -47,7 +47,7 @@ def register_layer(
     moves: Mapping[Any, str] | Callable[[Layer], Sequence[Move]],
     *,
     state: StateMove | None = None,
-    absent: Mapping[str, float] = MappingProxyType({}),
+    absent: Mapping[str, float | str] = MappingProxyType({}),
     settings: Mapping[str, str] | Callable[[Any], Mapping[str, Any]] = MappingProxyType({}),
     when: Callable[[Any], bool] | None = None,
 ) -> Layout:
@@ -62,7 +62,8 @@ def register_layer(
         moves: the kind's name for each parameter, by the parameter's name or path below the layer, where the arrays
             are the same; or a function of the `Layer` that lists the `Move`s by which they become the same.
         state: how the layer's state converts, if it has any.
-        absent: names of the kind that these layers may lack, with the number that each then stands for.
+        absent: names of the kind that these layers may lack, with the number that each then stands for, or the name of
+            the array that it is added to.
         settings: names that frameworks share ("epsilon"), with the attributes that hold them; or a function of the
             module that gives a dict of them.
         when: for which modules of the class this holds; all if left out.
@@ -87,7 +88,7 @@ def layout(
     moves: Mapping[Any, str] | Callable[[Layer], Sequence[Move]],
     *,
     state: StateMove | None = None,
-    absent: Mapping[str, float] = MappingProxyType({}),
+    absent: Mapping[str, float | str] = MappingProxyType({}),
     settings: Mapping[str, str] | Callable[[Any], Mapping[str, Any]] = MappingProxyType({}),
     when: Callable[[Any], bool] | None = None,
 ) -> Layout:
@@ -154,7 +155,7 @@ def _built_in() -> list[Any]:
 
 
 def _as_moves(moves: Any) -> Callable[[Layer], Sequence[Move]]:
-    if callable(moves):
+    if not isinstance(moves, Mapping):
         return moves
     renamed = [Move([(own,) if isinstance(own, str) else tuple(own)], [name]) for own, name in moves.items()]
     return lambda layer: held(layer, renamed)
@@ -166,6 +167,6 @@ def held(layer: Layer, moves: Sequence[Move]) -> list[Move]:
 
 
 def _as_settings(settings: Any) -> Callable[[Any], Mapping[str, Any]]:
-    if callable(settings):
+    if not isinstance(settings, Mapping):
         return settings
     return lambda module: {name: getattr(module, attribute) for name, attribute in settings.items()}

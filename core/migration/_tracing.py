@@ -117,7 +117,9 @@ def places_of(
     watched = opened.observed(running)
     params, state = opened.params, opened.state
     with entered(Ambient((running,))):
-        types_of(lambda params, state, *sample: watched.run(call, params, state, sample)[0], (params, state, *sample), {})
+        types_of(
+            lambda params, state, *sample: watched.run(call, params, state, sample)[0], (params, state, *sample), {}
+        )
     params, state = _typed(params), _typed(state)
     places = []
     for path, seen in observation.seen.items():
