@@ -30,15 +30,15 @@ from ._pieces_of_tuples import Rearrange as Rearrange
 from ._pieces_of_tuples import Split as Split
 from ._pieces_of_values import AddConstant as AddConstant
 from ._pieces_of_values import Negate as Negate
+from ._registry import Refusal as Refusal
 from ._registry import held as held
 from ._registry import layout as layout
 from ._registry import layout_of as layout_of
-from ._registry import Refusal as Refusal
 from ._registry import refusal_of as refusal_of
 from ._registry import refuse as refuse
 from ._registry import register_layer as register_layer
 from ._report import Check as Check
 from ._report import Moved as Moved
 from ._report import Report as Report
-from ._settings import compare_settings as compare_settings
 from ._settings import Difference as Difference
+from ._settings import compare_settings as compare_settings

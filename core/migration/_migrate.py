@@ -39,15 +39,15 @@ def migrate(
     """Moves a trained model to a rewrite of it in another framework, and proves that it computes the same.
 
     Both models run on types to find their layers. These are paired by the order of their calls, their classes and
-    shapes, and by names where these leave several; every layer's parameters and state are converted. Then both run on the
-    sample, and what comes out is compared. Neither model that was given is changed.
+    shapes, and by names where these leave several; every layer's parameters and state are converted. Then both run on
+    the sample, and what comes out is compared. Neither model that was given is changed.
 
     Args:
         source: the trained model: a bound Linen module, `module.bind(variables)`; a bound Haiku function,
             `crossvjp.adapters.haiku.bind(net, params, state)`; an NNX module; an Equinox module, or the pair of it and
             its state; or a `Migration`, from which exactly what it lacked is still known.
-        target: the rewrite: a Linen module, `hk.transform` or `hk.transform_with_state` of a function, an NNX module, an
-            Equinox module or (module, state).
+        target: the rewrite: a Linen module, `hk.transform` or `hk.transform_with_state` of a function, an NNX module,
+            an Equinox module or (module, state).
         *sample: what both are called with.
         source_call: `(mdl, *sample) -> y`, how the source is called; `mdl(*sample)` if left out. An Equinox model with
             state is called `(mdl, state, *sample) -> (y, state)`. Train flags, another order of axes, a `jax.vmap`
@@ -110,7 +110,8 @@ def migrate(
         report = dataclasses.replace(report, checks=checks)
         if check and not report.proved:
             error = MigrationError(
-                "The two models don't compute the same. With `check=False` the moved model is returned all the same.\n\n"
+                "The two models don't compute the same. With `check=False` the moved model is returned nevertheless."
+                "\n\n"
                 f"{report.proof()}"
             )
             error.report = report
@@ -163,7 +164,8 @@ def _pairs(
 def _candidate(place: Place, optional: frozenset[str]) -> Candidate:
     layer = place.layer
     if place.layout is None:
-        return Candidate(place, {"": tuple(array.shape) for array in (*layer.params.values(), *layer.state.values())})
+        (array,) = (*layer.params.values(), *layer.state.values())
+        return Candidate(place, {"": tuple(array.shape)})
     try:
         types = {name: kind for move in moves_of(layer, place.layout) for name, kind in types_of(layer, move).items()}
     except ArgumentError as error:

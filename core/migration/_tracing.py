@@ -163,10 +163,11 @@ def _unstacked(
     if len(axes) != 1 or any(mine.shape != (*next(iter(axes)), *sees.shape) for mine, sees in pairs):
         return own, ()
     stacked = axes.pop()
-    cut = lambda arrays: {
-        path: jax.ShapeDtypeStruct(array.shape[len(stacked) :], array.dtype) for path, array in arrays.items()
-    }
-    return (cut(own[0]), cut(own[1])), stacked
+    return (_cut(own[0], len(stacked)), _cut(own[1], len(stacked))), stacked
+
+
+def _cut(arrays: Arrays, axes: int) -> Arrays:
+    return {path: jax.ShapeDtypeStruct(array.shape[axes:], array.dtype) for path, array in arrays.items()}
 
 
 def _typed(tree: Any) -> Any:
