@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -121,13 +121,11 @@ def _flat(tree: Any) -> Arrays:
 
 
 def _indices(model: Any) -> list[tuple[Path, Any]]:
-    def found() -> Iterator[tuple[Path, Any]]:
-        is_index = lambda part: isinstance(part, eqx.nn.StateIndex)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_index):
-            if is_index(leaf):
-                yield path_of(path), leaf
+    def is_index(part: Any) -> bool:
+        return isinstance(part, eqx.nn.StateIndex)
 
-    return list(found())
+    pairs = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_index)
+    return [(path_of(path), leaf) for path, leaf in pairs if is_index(leaf)]
 
 
 def _is_float(leaf: Any) -> bool:

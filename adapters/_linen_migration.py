@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 
@@ -48,9 +49,9 @@ class OpenedLinen:
 
     def run(self, call: Call | None, params: Arrays, state: Arrays, sample: Sequence[Any]) -> tuple[Any, Arrays]:
         variables = self._filled(params, state)
-        collections = [name for name in variables if name != "params"]
+        # What is missing is made, so that the comparison of layers finds it, and says where.
         out, after = self.module.apply(
-            variables, *sample, method=_method(call), rngs=self.rngs, mutable=collections or ["batch_stats"]
+            variables, *sample, method=_method(call), rngs=self.rngs, mutable=flax.core.DenyList("params")
         )
         written = {path: value for values in after.values() for path, value in _flat(_plain(values)).items()}
         return out, {path: written.get(path, value) for path, value in state.items()}

@@ -11,6 +11,7 @@ import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from crossvjp.adapters.haiku import bind
@@ -64,7 +65,7 @@ class LinenNet(nn.Module):
 
 
 def _linen_trained() -> Any:
-    variables = LinenNet().init(jax.random.key(3), *SAMPLE, True)
+    variables = jax.jit(LinenNet().init, static_argnums=3)(jax.random.key(3), *SAMPLE, True)
     return LinenNet().bind(jax.tree.map(_varied, variables))
 
 
@@ -90,7 +91,7 @@ def haiku_net() -> Any:
 
 
 def _haiku_trained() -> Any:
-    params, state = haiku_net().init(jax.random.key(3), *SAMPLE, True)
+    params, state = jax.jit(haiku_net().init, static_argnums=3)(jax.random.key(3), *SAMPLE, True)
     params = jax.tree.map(_varied, params)
     # As after a training of 120 steps: Haiku's average and its sum differ in bits, and Linen goes on as Haiku does.
     grown = {module: {"counter": jnp.array(STEPS), "hidden": _varied(pair["hidden"])} for module, pair in state.items()}
@@ -181,7 +182,7 @@ def _varied(leaf: Any) -> Any:
     """Makes every entry another number, where initial values are zeros or ones; all of them are positive or small."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf
-    return leaf + 0.1 + 0.2 * jax.random.uniform(jax.random.key(leaf.size), leaf.shape, leaf.dtype)
+    return leaf + jnp.asarray(np.random.default_rng(leaf.size).uniform(0.1, 0.3, leaf.shape), leaf.dtype)
 
 
 def _flagged(train: bool) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from .._errors import ArgumentError, MigrationError
 from ._canonical import moves_of, types_of
+from ._layer import Arrays
 from ._migration import Migration
 from ._moving import Moving
 from ._opened import Call, Opened, migration_of
@@ -30,7 +31,7 @@ def migrate(
     target_train: Call | None = None,
     mapping: Mapping[str, str | None] | None = None,
     steps: int = 3,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.01,
     tolerance: float | None = None,
     prove: bool = True,
     check: bool = True,
@@ -38,15 +39,15 @@ def migrate(
     """Moves a trained model to a rewrite of it in another framework, and proves that it computes the same.
 
     Both models run on types to find their layers. These are paired by the order of their calls, their classes and
-    shapes, and by names where these leave several; every layer's parameters and state are converted. Then both run on the
-    sample, and what comes out is compared. Neither model that was given is changed.
+    shapes, and by names where these leave several; every layer's parameters and state are converted. Then both run on
+    the sample, and what comes out is compared. Neither model that was given is changed.
 
     Args:
         source: the trained model: a bound Linen module, `module.bind(variables)`; a bound Haiku function,
             `crossvjp.adapters.haiku.bind(net, params, state)`; an NNX module; an Equinox module, or the pair of it and
             its state; or a `Migration`, from which exactly what it lacked is still known.
-        target: the rewrite: a Linen module, `hk.transform` or `hk.transform_with_state` of a function, an NNX module, an
-            Equinox module or (module, state).
+        target: the rewrite: a Linen module, `hk.transform` or `hk.transform_with_state` of a function, an NNX module,
+            an Equinox module or (module, state).
         *sample: what both are called with.
         source_call: `(mdl, *sample) -> y`, how the source is called; `mdl(*sample)` if left out. An Equinox model with
             state is called `(mdl, state, *sample) -> (y, state)`. Train flags, another order of axes, a `jax.vmap`
@@ -98,7 +99,8 @@ def migrate(
         Side(one, one.params, one.state, source_call, source_train),
         Side(other, params, state, target_call, target_train),
     )
-    report = Report([_moved(pair) for pair in pairs], [], _settings(pairs), (one.framework, other.framework))
+    kept = _kept(pairs, one.state, state)
+    report = Report([_moved(pair) for pair in pairs], [], _settings(pairs), (one.framework, other.framework), kept)
     if prove:
         try:
             checks = proof(moving, *sides, sample, steps=steps, learning_rate=learning_rate, tolerance=tolerance)
@@ -108,7 +110,8 @@ def migrate(
         report = dataclasses.replace(report, checks=checks)
         if check and not report.proved:
             error = MigrationError(
-                "The two models don't compute the same. With `check=False` the moved model is returned all the same.\n\n"
+                "The two models don't compute the same. With `check=False` the moved model is returned nevertheless."
+                "\n\n"
                 f"{report.proof()}"
             )
             error.report = report
@@ -161,7 +164,8 @@ def _pairs(
 def _candidate(place: Place, optional: frozenset[str]) -> Candidate:
     layer = place.layer
     if place.layout is None:
-        return Candidate(place, {"": tuple(array.shape) for array in (*layer.params.values(), *layer.state.values())})
+        (array,) = (*layer.params.values(), *layer.state.values())
+        return Candidate(place, {"": tuple(array.shape)})
     try:
         types = {name: kind for move in moves_of(layer, place.layout) for name, kind in types_of(layer, move).items()}
     except ArgumentError as error:
@@ -177,6 +181,18 @@ def _settings(pairs: Sequence[Pair]) -> list[Any]:
         if a.layout and b.layout
         for difference in compare_settings(a.layer, a.layout, b.layer, b.layout)
     ]
+
+
+def _kept(pairs: Sequence[Pair], state: Arrays, new_state: Arrays) -> dict[str, list[str]]:
+    """Lists what of the source's state is not in the target's, by layers."""
+    found: dict[str, list[str]] = {}
+    for mine, theirs in pairs:
+        layouts = mine.place.layout, theirs.place.layout
+        if layouts[0] and layouts[1] and layouts[0].state and layouts[1].state and not mine.place.stacked:
+            names = layouts[0].state.to_canonical(mine.place.layer, mine.place.of(state)).keys()
+            left = names - layouts[1].state.to_canonical(theirs.place.layer, theirs.place.of(new_state)).keys()
+            found |= {mine.name: sorted(left)} if left else {}
+    return found
 
 
 def _moved(pair: Pair) -> Moved:

@@ -97,6 +97,12 @@ def _converted(pair: Pair, params: Arrays, state: Arrays, remainder: Any) -> Con
     mine, theirs = (one.place for one in pair)
     if mine.layout is None or theirs.layout is None:
         return Converted(params, state, None)  # pyright: ignore[reportArgumentType]  nothing is left of copies
+    if theirs.layer.state and not mine.layer.state:
+        raise MigrationError(
+            f"The target's {pair[1].described()} at {pair[1].name!r} has state "
+            f"({', '.join(sorted({path[-1] for path in theirs.layer.state}))}), and the source's {mine.class_name} at "
+            f"{pair[0].name!r} has none. Give the source with all of its collections, such as `batch_stats`."
+        )
     try:
         return convert(mine.layer, mine.layout, params, state, theirs.layer, theirs.layout, remainder)
     except ArgumentError as error:

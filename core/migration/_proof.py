@@ -106,9 +106,8 @@ def _gradients(side: Side, sample: Sequence[Any]) -> _Figures:
         return leaves, *pullback([_random(index, leaf) for index, leaf in enumerate(y)])
 
     leaves, params_bar, inputs_bar = figures(params, [arrays[index] for index in moved])
-    named = lambda name, values: {(f"{name} {index}",): value for index, value in enumerate(values)}
     zeros = {path: jnp.zeros_like(array, jnp.float32) for path, array in fixed.items()}
-    return _Figures(named("output", leaves), named("input", inputs_bar), {**params_bar, **zeros})
+    return _Figures(_named("output", leaves), _named("input", inputs_bar), {**params_bar, **zeros})
 
 
 def _trained(side: Side, sample: Sequence[Any], steps: int, rate: float) -> tuple[dict[Any, Any], Arrays, Arrays]:
@@ -192,6 +191,10 @@ def _check_alike(mine: Mapping[Any, Any], theirs: Mapping[Any, Any]) -> None:
 def _split(params: Arrays) -> tuple[Arrays, Arrays]:
     moved = {path: array for path, array in params.items() if is_inexact(array)}
     return moved, {path: array for path, array in params.items() if path not in moved}
+
+
+def _named(name: str, arrays: Sequence[Any]) -> dict[Any, Any]:
+    return {(f"{name} {index}",): array for index, array in enumerate(arrays)}
 
 
 def _random(index: int, like: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ._settings import Difference
 
@@ -65,12 +65,14 @@ class Report:
         checks: the figures of the proof.
         settings: what the layers' functions depend on, where the sides differ.
         frameworks: of the source and of the target.
+        kept: what the target has no place for, such as a counter, by layers; it is among the remainders.
     """
 
     layers: Sequence[Moved]
     checks: Sequence[Check]
     settings: Sequence[Difference]
     frameworks: tuple[str, str]
+    kept: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def proved(self) -> bool:
@@ -105,6 +107,12 @@ class Report:
         if self.settings:
             head = "Settings that differ:" if self.proved or not rows else "Settings that differ, the likely cause:"
             parts.append("\n".join([head, *(f"  {difference.text}" for difference in self.settings)]))
+        if self.kept:
+            together: dict[str, list[str]] = {}
+            for path, names in self.kept.items():
+                together.setdefault(", ".join(names), []).append(path)
+            lines = [f"  {names} of {', '.join(paths)}" for names, paths in together.items()]
+            parts.append("\n".join(["State that the target has no place for, kept among the remainders:", *lines]))
         return "\n\n".join(parts)
 
 

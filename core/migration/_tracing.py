@@ -85,6 +85,7 @@ class _Observation:
             self.order[visit.path] = None
             return visit.plain(*args, **kwargs)
         self._is_inside = True
+        inputs = _typed((args, kwargs))  # before the call, which may spend an Equinox state
         try:
             out = visit.plain(*args, **kwargs)
         finally:
@@ -95,7 +96,7 @@ class _Observation:
             self.seen.pop(visit.path, None)
             inside = self._opened.inside(visit.module)
             inside = None if inside is None else (_typed(inside[0]), _typed(inside[1]))
-            self.seen[visit.path] = _Seen(visit, inside, _typed((args, kwargs)), _typed(out))
+            self.seen[visit.path] = _Seen(visit, inside, inputs, _typed(out))
         return out
 
 
@@ -162,10 +163,11 @@ def _unstacked(
     if len(axes) != 1 or any(mine.shape != (*next(iter(axes)), *sees.shape) for mine, sees in pairs):
         return own, ()
     stacked = axes.pop()
-    cut = lambda arrays: {
-        path: jax.ShapeDtypeStruct(array.shape[len(stacked) :], array.dtype) for path, array in arrays.items()
-    }
-    return (cut(own[0]), cut(own[1])), stacked
+    return (_cut(own[0], len(stacked)), _cut(own[1], len(stacked))), stacked
+
+
+def _cut(arrays: Arrays, axes: int) -> Arrays:
+    return {path: jax.ShapeDtypeStruct(array.shape[axes:], array.dtype) for path, array in arrays.items()}
 
 
 def _typed(tree: Any) -> Any:
