@@ -68,6 +68,7 @@ def add_migrate(add_parser: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--steps", type=_count, default=3, metavar="N", help="of training that are compared; 3 by default"
     )
+    parser.add_argument("--no-proof", action="store_true", help="compare nothing: convert the layers, and write")
     parser.add_argument("--write-anyway", action="store_true", help="write even if the models differ; ends with code 1")
     parser.set_defaults(run=_migrate)
 
@@ -94,7 +95,7 @@ def _migrate(options: argparse.Namespace) -> int:
             calls={name: getattr(options, name) for name in _CALLS},
             mapping=dict(options.mapping),
             ignore=options.ignore,
-            options={"tolerance": options.tolerance, "steps": options.steps},
+            options={"tolerance": options.tolerance, "steps": options.steps, "prove": not options.no_proof},
             write_anyway=options.write_anyway,
         )
         return command.run(job)

@@ -49,6 +49,10 @@ def batched(mdl: Any, x: Any) -> Any:
     return jax.vmap(mdl)(x)
 
 
+def doubled(mdl: Any, x: Any) -> Any:
+    return (batched(mdl, x), batched(mdl, x))
+
+
 def wide() -> Any:
     return Linen(5)
 

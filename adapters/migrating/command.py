@@ -19,7 +19,7 @@ import crossvjp as cv
 from crossvjp.adapters import files
 from crossvjp.adapters.migrating import objects, report
 from crossvjp.adapters.migrating.refusal import UsageError
-from crossvjp.migration import framework_of
+from crossvjp.migration import Migration, Report, framework_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,33 +80,39 @@ def _run(job: Job) -> int:
     console, progress = report.console(), Console(stderr=True)
     with progress.status("Reading"):
         values = _values(job, source, calls, sample)
-    try:
-        with progress.status("Moving, and comparing the two models"):
-            moved = cv.migrate(
-                _saved(source).filled(source, values),
-                target,
-                *sample,
-                **calls,
-                mapping=job.mapping,
-                check=False,
-                **job.options,
-            )
-    except cv.CrossVJPError:
-        raise
-    except Exception:
-        traceback.print_exc()
-        return _fail("one of the models could not be run; the lines above say where. Nothing is written.", 1)
+    with progress.status("Moving, and comparing the two models"):
+        moved = _moved(job, _saved(source).filled(source, values), target, calls, sample)
     report.show(moved.report, console)
     written = None if format is None else _saved(target).stored(moved, format)
     report.show_dtypes(values, written, console)
-    if not moved.report.proved:
+    if not job.options["prove"]:
+        console.print("The two models were not compared.", highlight=False)
+    elif not moved.report.proved:
         _fail("the two models don't compute the same.", 1)
-    if job.out is not None and (moved.report.proved or job.write_anyway):
+    holds = moved.report.proved or not job.options["prove"]
+    if job.out is not None and (holds or job.write_anyway):
         files.write(job.out, written, format=format)
         console.print(f"Written: {job.out}", soft_wrap=True, highlight=False, markup=False)
     else:
         console.print("Nothing is written.", highlight=False)
-    return 0 if moved.report.proved else 1
+    return 0 if holds else 1
+
+
+def _moved(job: Job, source: Any, target: Any, calls: Mapping[str, Any], sample: Sequence[Any]) -> Migration:
+    """Migrates, and says of an error of the user's own code where it is."""
+    try:
+        return cv.migrate(source, target, *sample, **calls, mapping=job.mapping, check=False, **job.options)
+    except cv.MigrationError as error:
+        if isinstance(error.report, Report):
+            report.show(error.report, report.console())
+        raise
+    except cv.CrossVJPError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise cv.MigrationError(
+            "One of the models could not be run; the lines above say where. Nothing is written."
+        ) from error
 
 
 def _check_target(out: Path, format: str | None) -> None:
