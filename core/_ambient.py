@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 if TYPE_CHECKING:
-    from ._attachment import Running
+    from ._running import Running
 
 # Part of the key of `jax.jit`'s caches: a program traced with rules must not serve where there are none.
 _traced_under = jax.make_user_context(())

@@ -10,7 +10,8 @@ from ._errors import HandleError
 from ._registry import known_adapters
 
 if TYPE_CHECKING:
-    from ._attachment import Attachment, Running
+    from ._attachment import Attachment
+    from ._running import Running
 
 
 @runtime_checkable

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 from ._arrays import is_array
-from ._attachment import Attachment, Row
+from ._attachment import Attachment
 from ._models import models_of
 from ._rewrite import names_in
+from ._running import Row
 
 
 class Sites(tuple[Row, ...]):

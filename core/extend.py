@@ -8,10 +8,6 @@ from ._arrays import Static as Static
 from ._arrays import is_array as is_array
 from ._arrays import is_inexact as is_inexact
 from ._attachment import Attachment as Attachment
-from ._attachment import Row as Row
-from ._attachment import Running as Running
-from ._attachment import Visit as Visit
-from ._attachment import hosted_at as hosted_at
 from ._boundary import Body as Body
 from ._boundary import run_and_publish as run_and_publish
 from ._channel_variables import flat_name as flat_name
@@ -39,6 +35,10 @@ from ._models import Models as Models
 from ._partition import Partition as Partition
 from ._paths import Path as Path
 from ._paths import path_of as path_of
+from ._running import Row as Row
+from ._running import Running as Running
+from ._running import Visit as Visit
+from ._running import hosted_at as hosted_at
 from ._select import Predicate as Predicate
 from ._select import check_selected as check_selected
 from ._select import predicate as predicate

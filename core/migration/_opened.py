@@ -9,7 +9,7 @@ from .._registry import known_adapters
 from ._layer import Arrays
 
 if TYPE_CHECKING:
-    from .._attachment import Running
+    from .._running import Running
 
 Call: TypeAlias = Callable[..., Any]
 """`(mdl, *sample) -> y`; for an Equinox model with state, `(mdl, state, *sample) -> (y, state)`."""

@@ -10,8 +10,9 @@ import jax
 
 from .._ambient import Ambient, entered
 from .._arrays import is_array
-from .._attachment import Attachment, Running, Visit
+from .._attachment import Attachment
 from .._paths import Path
+from .._running import Running, Visit
 from .._sites import types_of
 from ._layer import Arrays, Layer, Layout
 from ._opened import Call, Opened
