@@ -155,10 +155,11 @@ def _pairs(
             error.add_note(f"This came up while the {side} ran on types, as `{side}_call` calls it.")
             raise
     optional: dict[str, frozenset[str]] = {}
-    for place in (place for side in places for place in side if place.layout):
-        optional[place.kind] = optional.get(place.kind, frozenset()) | frozenset(place.layout.absent)
+    for place in (place for side in places for place in side):
+        absent = frozenset(place.layout.absent if place.layout else ())
+        optional[place.kind] = optional.get(place.kind, frozenset()) | absent
     candidates = [[_candidate(place, optional.get(place.kind, frozenset())) for place in side] for side in places]
-    return paired(*candidates, mapping)
+    return paired(candidates[0], candidates[1], mapping)
 
 
 def _candidate(place: Place, optional: frozenset[str]) -> Candidate:
