@@ -59,7 +59,7 @@ class HaikuModels:
         made = types_of(init, args, kwargs)
         variables = made if isinstance(model, hk.TransformedWithState) else (made,)
 
-        rng = (key,) if _takes_rng(model, len(variables)) else ()
+        rng = (key,) if takes_rng(model, len(variables)) else ()
 
         def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
             return model.apply(*variables, *rng, *args, **kwargs)
@@ -106,7 +106,7 @@ def _under(function: Callable[..., Any], attachment: Attachment, *, initializing
     return run
 
 
-def _takes_rng(model: Any, variables: int) -> bool:
+def takes_rng(model: Any, variables: int) -> bool:
     """Says whether `apply` takes a key; under `hk.without_apply_rng` it does not, and `init` still does."""
     init, apply = (len(inspect.signature(function).parameters) for function in (model.init, model.apply))
     return apply == init + variables

@@ -10,6 +10,7 @@ import haiku as hk
 import jax
 
 from crossvjp import HandleError
+from crossvjp.adapters._haiku_models import takes_rng
 from crossvjp.adapters.pytree import ValueBoundary
 from crossvjp.extend import Body, Predicate, held_channel, predicate, unknown_choice
 
@@ -29,6 +30,19 @@ class BoundTransformed:
         if self.state is None:
             return self.apply(self.params, self.rng, *args, **kwargs)
         return self.apply(self.params, self.state, self.rng, *args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keyless:
+    """The `apply` of `hk.without_apply_rng`, called as every other."""
+
+    apply: Callable[..., Any]
+    has_state: bool
+
+    def __call__(self, params: Any, *rest: Any, **kwargs: Any) -> Any:
+        """Leaves the key out."""
+        state, (_, *args) = (rest[:1], rest[1:]) if self.has_state else ((), rest)
+        return self.apply(params, *state, *args, **kwargs)
 
 
 def bind(
@@ -54,7 +68,10 @@ def bind(
             f"`bind` of a {type(transformed).__name__} takes "
             + ("`params` and `state`, but got no state." if needs_state else "`params` alone, but got a state too.")
         )
-    return BoundTransformed(params, state, rng, transformed.apply)
+    apply: Any = transformed.apply
+    return BoundTransformed(
+        params, state, rng, apply if takes_rng(transformed, 1 + needs_state) else Keyless(apply, needs_state)
+    )
 
 
 class TransformedAdapter:

@@ -71,7 +71,7 @@ def migrate(
     Raises:
         MigrationError: layers don't pair up, or don't convert, or the proof fails. The error says which and why, and
             has the report if it came so far.
-        HandleError: it is a model of no framework that is known here.
+        ArgumentError: one of the two is no model of a framework that is known here.
 
     Example:
         >>> import equinox as eqx, flax.linen as nn, jax, jax.numpy as jnp
