@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
+from flax.core import DenyList
 
 from crossvjp.extend import Path, Running, types_of
 from crossvjp.migration import Arrays, Call, MigrationError
@@ -51,7 +51,7 @@ class OpenedLinen:
         variables = self._filled(params, state)
         # What is missing is made, so that the comparison of layers finds it, and says where.
         out, after = self.module.apply(
-            variables, *sample, method=_method(call), rngs=self.rngs, mutable=flax.core.DenyList("params")
+            variables, *sample, method=_method(call), rngs=self.rngs, mutable=DenyList("params")
         )
         written = {path: value for values in after.values() for path, value in _flat(_plain(values)).items()}
         return out, {path: written.get(path, value) for path, value in state.items()}

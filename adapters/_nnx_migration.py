@@ -75,8 +75,8 @@ class NnxMigration:
 
 
 def _split(model: Any) -> tuple[Any, tuple[Any, Any, Any]]:
-    graphdef, *states = nnx.split(model, nnx.Param, nnx.RngState, ...)
-    return graphdef, tuple(states)
+    graphdef, params, streams, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
+    return graphdef, (params, streams, rest)
 
 
 def _flat(state: Any) -> Arrays:

@@ -212,3 +212,14 @@ def test_a_migration_is_a_source_and_knows_how_it_is_called():
     one = cv.migrate(source, eqx.nn.Linear(4, 3, key=jax.random.key(0)), X, target_call=lambda mdl, x: jax.vmap(mdl)(x))
     other = cv.migrate(one, hk.transform(lambda x: hk.Linear(3)(x)), X, steps=0)
     assert_same_bits(other.variables, source.params)
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_haiku_functions_without_a_key_move_too(with_state):
+    transform = hk.transform_with_state if with_state else hk.transform
+    net = hk.without_apply_rng(transform(lambda x: hk.Linear(3)(x)))
+    made = cv.migrate(bound(lambda _, x: nn.Dense(3)(x)), net, X, prove=False)
+    held = made.variables if with_state else (made.variables,)
+    assert_same_bits(net.apply(*held, X), bind(net, *held)(X))
+    back = cv.migrate(made, linen(lambda _, x: nn.Dense(3)(x)), X, steps=0)
+    assert back.report.proved

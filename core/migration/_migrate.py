@@ -71,7 +71,7 @@ def migrate(
     Raises:
         MigrationError: layers don't pair up, or don't convert, or the proof fails. The error says which and why, and
             has the report if it came so far.
-        HandleError: it is a model of no framework that is known here.
+        ArgumentError: one of the two is no model of a framework that is known here.
 
     Example:
         >>> import equinox as eqx, flax.linen as nn, jax, jax.numpy as jnp
@@ -155,10 +155,11 @@ def _pairs(
             error.add_note(f"This came up while the {side} ran on types, as `{side}_call` calls it.")
             raise
     optional: dict[str, frozenset[str]] = {}
-    for place in (place for side in places for place in side if place.layout):
-        optional[place.kind] = optional.get(place.kind, frozenset()) | frozenset(place.layout.absent)
+    for place in (place for side in places for place in side):
+        absent = frozenset(place.layout.absent if place.layout else ())
+        optional[place.kind] = optional.get(place.kind, frozenset()) | absent
     candidates = [[_candidate(place, optional.get(place.kind, frozenset())) for place in side] for side in places]
-    return paired(*candidates, mapping)
+    return paired(candidates[0], candidates[1], mapping)
 
 
 def _candidate(place: Place, optional: frozenset[str]) -> Candidate:

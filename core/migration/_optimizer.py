@@ -60,7 +60,7 @@ def converted_optimizer_state(moving: Moving, state: Any, moments: Mapping[str, 
             fields = known.get(type(node).__name__, {})
             made = {
                 name: visit(value, (*where, f"{type(node).__name__}.{name}"), fields.get(name))
-                for name, value in zip(node._fields, node, strict=True)
+                for name, value in zip(node._fields, node, strict=True)  # pyright: ignore[reportAttributeAccessIssue]  a named tuple
             }
             return type(node)(**made)
         if isinstance(node, tuple | list):

@@ -163,7 +163,7 @@ def _canonical(moving: Moving, state: Arrays, other: Arrays) -> tuple[Arrays, Ar
         mine, theirs = (one.place for one in pair)
         held = mine.of(state), theirs.of(other)
         if mine.layout is None or theirs.layout is None:
-            both = held
+            both: tuple[Arrays, Arrays] = held
         elif mine.layout.state is None or theirs.layout.state is None:
             continue
         else:
@@ -173,8 +173,8 @@ def _canonical(moving: Moving, state: Arrays, other: Arrays) -> tuple[Arrays, Ar
             )
         for path in both[0].keys() & both[1].keys():
             if is_inexact(both[0][path]):
-                for side, arrays in zip(found, both, strict=True):
-                    side[*theirs.path, *path] = arrays[path]
+                found[0][*theirs.path, *path] = both[0][path]
+                found[1][*theirs.path, *path] = both[1][path]
     return found
 
 
