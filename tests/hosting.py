@@ -382,6 +382,7 @@ class EquinoxHost(eqx.Module):
 def in_equinox(model: Any, around: Any = Same) -> HostCase:
     """Makes an Equinox host."""
     make = lambda: EquinoxHost(cv.host(model, "equinox"), around)
+    host: Any
     host, first = eqx.nn.make_with_state(make)()
     leaves, treedef = jax.tree.flatten(first)
     arrays = lambda tree: jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_inexact_array))

@@ -58,8 +58,8 @@ class LinenNet(nn.Module):
         y = jnp.mean(jax.nn.relu(y), (1, 2))  # (batch, channels)
         z = nn.Embed(WORDS, 4, name="embed")(tokens)
         z = nn.MultiHeadDotProductAttention(2, name="attention")(z)
-        z = nn.RNN(nn.LSTMCell(HIDDEN, name="lstm"))(z)[:, -1]  # (batch, hidden)
-        both = jnp.concatenate([y, z], -1)
+        z: Any = nn.RNN(nn.LSTMCell(HIDDEN, name="lstm"))(z)
+        both = jnp.concatenate([y, z[:, -1]], -1)  # (batch, channels + hidden)
         both = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="layer_norm")(both)
         return nn.Dense(CLASSES, name="head")(both)
 
@@ -80,6 +80,7 @@ class HaikuNet(hk.Module):
         init = hk.initializers.VarianceScaling(1.0)
         z = hk.MultiHeadAttention(2, 2, w_init=init, name="attention")(z, z, z)
         lstm = hk.LSTM(HIDDEN, name="lstm")
+        z: Any
         z, _ = hk.dynamic_unroll(lstm, z, lstm.initial_state(z.shape[0]), time_major=False)
         both = jnp.concatenate([y, z[:, -1]], -1)
         return hk.Linear(CLASSES, name="head")(hk.LayerNorm(-1, True, True, name="layer_norm")(both))
@@ -114,8 +115,8 @@ class NnxNet(nnx.Module):
     def __call__(self, images, tokens, train):
         y = self.norm(self.conv(images), use_running_average=not train)
         y = jnp.mean(jax.nn.relu(y), (1, 2))
-        z = self.lstm(self.attention(self.embed(tokens)))[:, -1]
-        return self.head(self.layer_norm(jnp.concatenate([y, z], -1)))
+        z: Any = self.lstm(self.attention(self.embed(tokens)))
+        return self.head(self.layer_norm(jnp.concatenate([y, z[:, -1]], -1)))
 
 
 def _nnx_trained() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -218,7 +219,7 @@ def test_in_plain_jax_the_same_closures_fail():
 
 
 def test_a_differentiated_attribute_of_what_is_no_pytree_gets_a_hint_beside_the_error_of_jax(mode):
-    held = Scaled()
+    held: Any = Scaled()
 
     def product(w, x):
         return jnp.sum(w * x * held.factor)

@@ -26,7 +26,7 @@ class Averages(NamedTuple):
     slow: Any
 
 
-def bound(*layers: nn.Module, x: Any = X) -> nn.Module:
+def bound(*layers: Any, x: Any = X) -> nn.Module:
     """Makes a bound Linen module of a chain of layers."""
     net = nn.Sequential(layers)
     return net.bind(jax.jit(net.init)(jax.random.key(0), x))
@@ -152,7 +152,7 @@ def test_settings_that_differ_are_told_as_the_cause_of_a_mismatch():
     with pytest.raises(MigrationError, match=r"epsilon is 1e-06 in .*'layers_0' and 1e-05 in ") as caught:
         cv.migrate(bound(nn.LayerNorm()), net(lambda: hk.LayerNorm(-1, True, True)), small, steps=0)
     assert "Settings that differ, the likely cause:" in str(caught.value)
-    report = caught.value.report
+    report: Any = caught.value.report
     assert not report.proved
     assert ("epsilon", 1e-6, 1e-5) in [(one.name, one.source, one.target) for one in report.settings]
     made = cv.migrate(bound(nn.LayerNorm()), net(lambda: hk.LayerNorm(-1, True, True)), small, steps=0, check=False)

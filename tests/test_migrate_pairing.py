@@ -216,7 +216,7 @@ def test_a_migration_is_a_source_and_knows_how_it_is_called():
 
 @pytest.mark.parametrize("with_state", [False, True])
 def test_haiku_functions_without_a_key_move_too(with_state):
-    transform = hk.transform_with_state if with_state else hk.transform
+    transform: Any = hk.transform_with_state if with_state else hk.transform
     net = hk.without_apply_rng(transform(lambda x: hk.Linear(3)(x)))
     made = cv.migrate(bound(lambda _, x: nn.Dense(3)(x)), net, X, prove=False)
     held = made.variables if with_state else (made.variables,)
