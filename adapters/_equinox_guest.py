@@ -43,9 +43,13 @@ class EquinoxGuest(Alike):
         make: Any = self._make
         return self._model if make is None else eqx.filter_eval_shape(lambda: make(key=jax.random.key(0)))
 
-    @functools.cached_property
+    @property
     def methods(self) -> frozenset[str]:
         """The names of the module's other public methods."""
+        return self._methods
+
+    @functools.cached_property
+    def _methods(self) -> frozenset[str]:
         return frozenset(public_methods(type(self._structure), eqx.Module)) - {"__call__"}
 
     def init(self, keys: Keys, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variables:

@@ -36,9 +36,13 @@ class NnxGuest(Alike):
         module = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))) if self._module is None else self._module
         return _flattened(module)
 
-    @functools.cached_property
+    @property
     def methods(self) -> frozenset[str]:
         """The names of the module's other public methods."""
+        return self._methods
+
+    @functools.cached_property
+    def _methods(self) -> frozenset[str]:
         graphdef, leaves = self._structure
         return frozenset(public_methods(type(nnx.merge(graphdef, _values(leaves))), nnx.Module)) - {"__call__"}
 
