@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from flax.linen import module as linen_module
 from flax.linen import transforms
+from flax.nnx.bridge import variables as bridge
 from haiku._src import base, mixed_precision
 from haiku._src import module as haiku_module
 from haiku._src.data_structures import ThreadLocalStack
@@ -35,6 +36,18 @@ def test_linen_gives_and_takes_a_modules_scopes():
     clone, _, _ = transforms.set_module_scopes(module, (), {}, [scopes[0].rewound()])
     assert isinstance(clone, nn.Dense)
     assert clone.scope is not module.scope
+
+
+def test_the_bridge_between_linen_and_nnx_turns_metadata_around():
+    box = nn.Partitioned(jnp.ones((2, 3)), names=("in", "out"))
+    with nnx.use_eager_sharding(False):
+        variable = bridge.to_nnx_var("params", box)
+    assert isinstance(variable, nnx.Param)
+    assert not bridge.is_vanilla_variable(variable)
+    again = bridge.to_linen_var(variable)
+    assert isinstance(again, nn.Partitioned)
+    assert again.names == ("in", "out")
+    assert bridge.is_vanilla_variable(bridge.to_nnx_var("params", jnp.ones(2)))
 
 
 def test_linen_modules_export_and_reimport_their_position():
