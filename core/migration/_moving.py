@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .._arrays import ArrayType
+from .._arrays import ArrayType, is_inexact
 from .._errors import ArgumentError, MigrationError
 from .._paths import Path
 from ._convert import Converted, convert, convert_cotangents, convert_second_moments
@@ -144,7 +144,9 @@ def _fitted(arrays: Arrays, types: Arrays, what: str) -> Arrays:
                 f"The target's {what} {'/'.join(path)!r} is {list(wanted.shape)}, but what comes from the source is "
                 f"{list(array.shape)}."
             )
-        if array.dtype != wanted.dtype and not np.can_cast(array.dtype, wanted.dtype, "safe"):
+        # Running statistics have the dtype that their framework has for them, float32 in Flax.
+        is_statistic = what == "state" and is_inexact(array) and jnp.issubdtype(wanted.dtype, jnp.inexact)
+        if not (array.dtype == wanted.dtype or is_statistic or np.can_cast(array.dtype, wanted.dtype, "safe")):
             raise MigrationError(
                 f"The target's {what} {'/'.join(path)!r} is {jnp.dtype(wanted.dtype).name}, which does not hold the "
                 f"source's {jnp.dtype(array.dtype).name}. Make the target with that dtype, or cast the source first."

@@ -59,7 +59,8 @@ def proof(
     """
     with jax.default_matmul_precision("highest"):
         mine, theirs = (_gradients(side, sample) for side in (source, target))
-        bound = tolerance or _tolerance([*mine.outputs.values(), *source.params.values(), *target.params.values()])
+        held = [array for side in (source, target) for array in (*side.params.values(), *side.state.values())]
+        bound = tolerance or _tolerance([*mine.outputs.values(), *held])
         _check_alike(mine.outputs, theirs.outputs)
         checks = [
             compared("outputs", mine.outputs, theirs.outputs, bound),
