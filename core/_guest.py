@@ -68,14 +68,12 @@ class Keys:
 
 
 class Guest(Protocol):
-    """What an adapter makes of a model, for the hosts of all frameworks.
+    """What an adapter makes of a model, for the hosts of all frameworks."""
 
-    Attributes:
-        methods: the names of its other public methods.
-        streams: the streams that it draws from by name; `None` if it takes any one key.
-    """
-
-    methods: frozenset[str]
+    @property
+    def methods(self) -> frozenset[str]:
+        """The names of its other public methods."""
+        ...
 
     def init(self, keys: Keys, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variables:
         """Makes the variables, or gives the ones that the model has already."""

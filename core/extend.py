@@ -10,7 +10,6 @@ from ._attachment import Attachment as Attachment
 from ._attachment import Row as Row
 from ._attachment import Running as Running
 from ._attachment import Visit as Visit
-from ._attachment import hosted_at as hosted_at
 from ._boundary import Body as Body
 from ._boundary import run_and_publish as run_and_publish
 from ._channel_variables import flat_name as flat_name
@@ -31,6 +30,7 @@ from ._guest import used_keys as used_keys
 from ._guest import without_initialisation as without_initialisation
 from ._host import Hosting as Hosting
 from ._host import Options as Options
+from ._host import hosted_at as hosted_at
 from ._models import Models as Models
 from ._partition import Partition as Partition
 from ._paths import Path as Path

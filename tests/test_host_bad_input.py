@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import flax.errors
@@ -41,7 +41,10 @@ class LinenHost(nn.Module):
         (lambda: cv.host(nn.Dense(3), "nnx", X, key=KEY), "The NNX host takes `rngs`, `streams`, but got `key`"),
         (lambda: cv.host(nn.Dense(3), "equinox", X, rngs=nnx.Rngs(0)), "The Equinox host .* but got `rngs`"),
         (lambda: cv.host(nn.Dense(3), "nnx", X, streams=()), r"`streams` must be the names .* but is \(\)"),
-        (lambda: cv.host(nn.Dense(3), "nnx", X, streams=(1,)), r"`streams` must be the names .* but is \(1,\)"),
+        (
+            lambda: cv.host(nn.Dense(3), "nnx", X, streams=cast(Any, (1,))),
+            r"`streams` must be the names .* but is \(1,\)",
+        ),
     ],
     ids=["framework", "plain", "sample", "key", "nnx key", "equinox rngs", "no streams", "no name"],
 )
@@ -233,12 +236,12 @@ def test_a_guest_that_makes_new_state_when_it_is_called_is_refused_where_state_k
 
 def test_variables_that_the_host_lacks_are_named():
     net = LinenHost(NnxNet)
-    variables = net.init(KEY, X)
+    variables: Any = net.init(KEY, X)
     del variables["params"]["guest"]["first"]["kernel"]
     with pytest.raises(cv.HandleError, match="no value for the guest's variable at 'first/kernel'"):
         net.apply(variables, X, mutable=True)
     net = LinenHost(EquinoxNet)
-    variables = net.init(KEY, X)
+    variables: Any = net.init(KEY, X)
     del variables["state"]
     with pytest.raises(cv.HandleError, match="no value for the guest's array at 'norm/batch_counter'"):
         net.apply(variables, X, mutable=True)

@@ -6,9 +6,12 @@ be used instead.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.errors
 import flax.linen as nn
 import haiku as hk
+import haiku.experimental.flax as hk_flax
 import jax
 import numpy as np
 import pytest
@@ -49,17 +52,18 @@ def test_to_linen_draws_from_seed_0_where_the_host_has_no_key():
 def test_to_linen_drops_state_where_the_host_may_not_write_it():
     net = nnx.bridge.to_linen(NnxNet)
     variables = net.init({"params": KEY, "dropout": KEY}, X)
-    assert net.apply(variables, X).shape == (4, 6)
+    y: Any = net.apply(variables, X)
+    assert y.shape == (4, 6)
 
 
 def test_haikus_module_for_flax_needs_another_stream_than_the_parameters_to_be_initialised():
-    net = hk.experimental.flax.Module(hk.transform_with_state(haiku_net()))
+    net = hk_flax.Module(hk.transform_with_state(haiku_net()))
     with pytest.raises(ValueError, match="must pass a non-None PRNGKey"):
         net.init(KEY, X)
 
 
 def test_haikus_lift_of_flax_gives_no_key_to_a_call():
-    net = hk.transform_with_state(lambda x: hk.experimental.flax.lift(LinenNet(), name="guest")(x))
+    net = hk.transform_with_state(lambda x: hk_flax.lift(LinenNet(), name="guest")(x))
     with pytest.raises(flax.errors.InvalidRngError, match='needs PRNG for "dropout"'):
         net.init(KEY, X)
 
@@ -73,7 +77,7 @@ def test_haikus_lift_of_flax_hides_parameters_from_getters():
 
     def net(x):
         with hk.custom_getter(getter):
-            return hk.experimental.flax.lift(nn.Dense(3), name="guest")(x)
+            return hk_flax.lift(nn.Dense(3), name="guest")(x)
 
     hk.transform(net).init(KEY, X)
     assert seen == []

@@ -90,10 +90,16 @@ def test_linen_jit_of_a_guest_publishes_its_state():
 
 def test_linen_vmap_over_a_guest_makes_an_ensemble():
     axes: Any = {"params": 0, "batch_stats": 0}
-    split = {"params": True, "dropout": True}
-    meta = {nn.PARTITION_NAME: None}
+    split: Any = {"params": True, "dropout": True}
+    everywhere: Any = None
+    names = {nn.PARTITION_NAME: None}
     wrap = lambda mdl, x: nn.vmap(
-        lambda mdl, x: mdl(x), variable_axes=axes, split_rngs=split, axis_size=3, in_axes=None, metadata_params=meta
+        lambda mdl, x: mdl(x),
+        variable_axes=axes,
+        split_rngs=split,
+        axis_size=3,
+        in_axes=everywhere,
+        metadata_params=meta,
     )(mdl, x)
     net = LinenHost(wrap)
     variables = net.init(jax.random.key(0), X)
@@ -166,7 +172,7 @@ def test_haikus_transforms_run_a_guest(use):
 
 
 def test_haiku_layer_stack_stacks_guests():
-    net = hk.transform(hk.experimental.layer_stack(3)(lambda x: cv.host(nn.Dense(5), "haiku", name="guest")(x)))
+    net = hk.transform(hk.layer_stack(3)(lambda x: cv.host(nn.Dense(5), "haiku", name="guest")(x)))
     params = net.init(KEY, X)
     (name,) = params
     assert name.endswith("/guest")
