@@ -99,7 +99,7 @@ def test_linen_vmap_over_a_guest_makes_an_ensemble():
         split_rngs=split,
         axis_size=3,
         in_axes=everywhere,
-        metadata_params=meta,
+        metadata_params=names,
     )(mdl, x)
     net = LinenHost(wrap)
     variables = net.init(jax.random.key(0), X)
