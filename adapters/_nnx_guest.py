@@ -15,6 +15,9 @@ from crossvjp.adapters._nnx_structure import check_structure
 from crossvjp.extend import Alike, Keys, Path, Variables, public_methods, used_keys
 
 _Leaves: TypeAlias = list[tuple[tuple[Any, ...], Any]]
+MISSING = "crossvjp_missing"
+"""Marks the key of a stream that has none: a guest inside this one is not given it."""
+
 _GRAPH = True  # opens every module that tree mode opens, and shared variables besides
 
 
@@ -58,8 +61,8 @@ class NnxGuest(Alike):
         template = self._structure[1]
         plain = {name: {path: unboxed(value) for path, value in held.items()} for name, held in variables.items()}
         given = {path: value for held in plain.values() for path, value in held.items()}
-        leaves = [_filled(path, leaf, given) for path, leaf in template]
         found = keys.spread(sorted({leaf.tag for _, leaf in template if isinstance(leaf, nnx.RngKey)}))
+        leaves = [_filled(path, leaf, given, found) for path, leaf in template]
 
         def run(streams: Mapping[str, Any]) -> tuple[Any, Variables, list[str]]:
             out, after, drawn = self._call(leaves, streams, method, args, kwargs)
@@ -121,12 +124,14 @@ def _variables(leaves: _Leaves) -> Variables:
     return found
 
 
-def _filled(path: tuple[Any, ...], leaf: Any, given: Mapping[Path, Any]) -> Any:
+def _filled(path: tuple[Any, ...], leaf: Any, given: Mapping[Path, Any], found: Mapping[str, Any]) -> Any:
     """Gives a leaf of the module's definition its value."""
     if isinstance(leaf, nnx.RngState):
         shape = leaf.get_raw_value().shape
-        keys = jax.numpy.broadcast_to(jax.random.key(0), shape)  # stands there until the streams are reseeded
-        return leaf.replace(keys if isinstance(leaf, nnx.RngKey) else jax.numpy.zeros(shape, jax.numpy.uint32))
+        if not isinstance(leaf, nnx.RngKey):
+            return leaf.replace(jax.numpy.zeros(shape, jax.numpy.uint32))
+        stands_in = jax.numpy.broadcast_to(jax.random.key(0), shape)  # until the streams are reseeded
+        return leaf.replace(stands_in) if leaf.tag in found else leaf.replace(stands_in, **{MISSING: True})
     names = tuple(map(str, path))
     if names not in given:
         raise HandleError(f"The host has no value for the guest's variable at {'/'.join(names)!r}.")

@@ -10,7 +10,7 @@ from flax import nnx
 
 from crossvjp import HandleError
 from crossvjp.adapters._flax_metadata import boxed, collection_of, unboxed, variable_of
-from crossvjp.adapters._nnx_guest import NnxGuest
+from crossvjp.adapters._nnx_guest import MISSING, NnxGuest
 from crossvjp.extend import (
     Guest,
     Keys,
@@ -45,7 +45,7 @@ class Hosted(nnx.Module):
     def call_method(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Calls a method of the guest."""
         names = () if self.rngs is None else tuple(self.rngs)
-        keys = Keys(lambda stream: None if self.rngs is None else self.rngs[stream](), names)
+        keys = Keys(self._key, names)
         live = self._variables()
         variables = {collection: {path: boxed(one) for path, one in held.items()} for collection, held in live.items()}
         out, updates = self.guest.apply(variables, keys, method, args, kwargs)
@@ -67,6 +67,11 @@ class Hosted(nnx.Module):
         if guest is not None and name in guest.methods:
             return functools.partial(self.call_method, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _key(self, stream: str) -> Any:
+        if self.rngs is None or self.rngs[stream].key.get_metadata().get(MISSING, False):
+            return None
+        return self.rngs[stream]()
 
     def _set(self, variables: Variables) -> None:
         """Puts values into Variables at their places."""
@@ -135,7 +140,8 @@ class NnxHosting:
     def guest(self, model: Any, options: Options) -> Guest | None:
         if isinstance(model, nnx.Module):
             return NnxGuest(model, None)
-        return NnxGuest(None, model) if makes_models(model, "rngs") else None
+        maker: Any = model
+        return NnxGuest(None, maker) if makes_models(model, "rngs") else None
 
     def own(self, model: Any, options: Options) -> Any:
         if not isinstance(model, nnx.Module) and not makes_models(model, "rngs"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from ._ambient import ambient
 from ._errors import ArgumentError, HandleError
 from ._guest import Guest
+from ._paths import Path
 from ._registry import known_adapters, load_adapters
 
 
@@ -122,6 +125,22 @@ def host(
     options = Options(sample, keywords, {option: value for option, value in given.items() if value is not None})
     own = hosting.own(model, options)
     return hosting.host(_guest_of(model, options), options) if own is None else own
+
+
+@contextlib.contextmanager
+def hosted_at(path: Path) -> Iterator[None]:
+    """A context for a guest's run, in which its modules are told by their paths below its host's, at `path`.
+
+    A guest that is itself a module is at `~` there, as the host has its path.
+    """
+    before = [(running, running.at) for running in ambient().running]
+    for running, _ in before:
+        running.at = running.relative(path)
+    try:
+        yield
+    finally:
+        for running, at in before:
+            running.at = at
 
 
 def _hosting_of(framework: str) -> Hosting:

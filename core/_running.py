@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ._ambient import Ambient, ambient, entered
@@ -138,22 +138,6 @@ class Running:
         rule, key = found
         handle = () if visit.is_function else (module,)
         return rule.lift(run, key=key)(*handle, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def hosted_at(path: Path) -> Iterator[None]:
-    """A context for a guest's run, in which its modules are told by their paths below its host's, at `path`.
-
-    A guest that is itself a module is at `~` there, as the host has its path.
-    """
-    before = [(running, running.at) for running in ambient().running]
-    for running, _ in before:
-        running.at = running.relative(path)
-    try:
-        yield
-    finally:
-        for running, at in before:
-            running.at = at
 
 
 @dataclasses.dataclass(frozen=True)

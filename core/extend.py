@@ -28,6 +28,7 @@ from ._guest import used_keys as used_keys
 from ._guest import without_initialisation as without_initialisation
 from ._host import Hosting as Hosting
 from ._host import Options as Options
+from ._host import hosted_at as hosted_at
 from ._marked import attachment_of as attachment_of
 from ._marked import marked as marked
 from ._marked import without as without
@@ -38,7 +39,6 @@ from ._paths import path_of as path_of
 from ._running import Row as Row
 from ._running import Running as Running
 from ._running import Visit as Visit
-from ._running import hosted_at as hosted_at
 from ._select import Predicate as Predicate
 from ._select import check_selected as check_selected
 from ._select import predicate as predicate

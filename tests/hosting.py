@@ -372,7 +372,7 @@ def in_nnx(model: Any, around: Any = Same) -> HostCase:
 class EquinoxHost(eqx.Module):
     """A module with a guest."""
 
-    guest: eqx.Module
+    guest: Any
     around: Any = eqx.field(static=True)
 
     def __call__(self, x, state, key):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import flax.errors
@@ -31,9 +31,6 @@ class LinenHost(nn.Module):
         return cv.host(self.model, "linen", name="guest")(x)
 
 
-NUMBERS: Any = (1,)
-
-
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -44,7 +41,10 @@ NUMBERS: Any = (1,)
         (lambda: cv.host(nn.Dense(3), "nnx", X, key=KEY), "The NNX host takes `rngs`, `streams`, but got `key`"),
         (lambda: cv.host(nn.Dense(3), "equinox", X, rngs=nnx.Rngs(0)), "The Equinox host .* but got `rngs`"),
         (lambda: cv.host(nn.Dense(3), "nnx", X, streams=()), r"`streams` must be the names .* but is \(\)"),
-        (lambda: cv.host(nn.Dense(3), "nnx", X, streams=NUMBERS), r"`streams` must be the names .* but is \(1,\)"),
+        (
+            lambda: cv.host(nn.Dense(3), "nnx", X, streams=cast(Any, (1,))),
+            r"`streams` must be the names .* but is \(1,\)",
+        ),
     ],
     ids=["framework", "plain", "sample", "key", "nnx key", "equinox rngs", "no streams", "no name"],
 )

@@ -11,11 +11,11 @@ from typing import Any
 import flax.errors
 import flax.linen as nn
 import haiku as hk
+import haiku.experimental.flax as hk_flax
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from haiku.experimental import flax as haiku_flax
 from hosting import LinenNet, NnxNet, an_input, haiku_net
 
 import crossvjp as cv
@@ -57,13 +57,13 @@ def test_to_linen_drops_state_where_the_host_may_not_write_it():
 
 
 def test_haikus_module_for_flax_needs_another_stream_than_the_parameters_to_be_initialised():
-    net = haiku_flax.Module(hk.transform_with_state(haiku_net()))
+    net = hk_flax.Module(hk.transform_with_state(haiku_net()))
     with pytest.raises(ValueError, match="must pass a non-None PRNGKey"):
         net.init(KEY, X)
 
 
 def test_haikus_lift_of_flax_gives_no_key_to_a_call():
-    net = hk.transform_with_state(lambda x: haiku_flax.lift(LinenNet(), name="guest")(x))
+    net = hk.transform_with_state(lambda x: hk_flax.lift(LinenNet(), name="guest")(x))
     with pytest.raises(flax.errors.InvalidRngError, match='needs PRNG for "dropout"'):
         net.init(KEY, X)
 
@@ -77,7 +77,7 @@ def test_haikus_lift_of_flax_hides_parameters_from_getters():
 
     def net(x):
         with hk.custom_getter(getter):
-            return haiku_flax.lift(nn.Dense(3), name="guest")(x)
+            return hk_flax.lift(nn.Dense(3), name="guest")(x)
 
     hk.transform(net).init(KEY, X)
     assert seen == []

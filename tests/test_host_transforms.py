@@ -90,12 +90,17 @@ def test_linen_jit_of_a_guest_publishes_its_state():
 
 def test_linen_vmap_over_a_guest_makes_an_ensemble():
     axes: Any = {"params": 0, "batch_stats": 0}
-    options: Any = {
-        "split_rngs": {"params": True, "dropout": True},
-        "in_axes": None,
-        "metadata_params": {nn.PARTITION_NAME: None},
-    }
-    wrap = lambda mdl, x: nn.vmap(lambda mdl, x: mdl(x), variable_axes=axes, axis_size=3, **options)(mdl, x)
+    split: Any = {"params": True, "dropout": True}
+    everywhere: Any = None
+    names = {nn.PARTITION_NAME: None}
+    wrap = lambda mdl, x: nn.vmap(
+        lambda mdl, x: mdl(x),
+        variable_axes=axes,
+        split_rngs=split,
+        axis_size=3,
+        in_axes=everywhere,
+        metadata_params=names,
+    )(mdl, x)
     net = LinenHost(wrap)
     variables = net.init(jax.random.key(0), X)
     y, after = run_linen(net, variables)

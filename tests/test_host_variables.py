@@ -235,7 +235,7 @@ def test_metadata_goes_with_the_variables_where_the_host_has_a_place_for_it():
     assert nn.get_partition_spec(params)["kernel"] == jax.sharding.PartitionSpec("in", "out")
     assert params["bias"].metadata["unit"] == "m"
     y: Any = LinenHost(make).apply({"params": {"guest": params}}, X)
-    assert nnx.Linear(5, 6, rngs=nnx.Rngs(0))(X).shape == y.shape
+    assert y.shape == (4, 6)
 
 
 def test_haiku_has_bare_arrays_in_the_place_of_boxes():
@@ -349,7 +349,7 @@ def test_a_linen_module_that_a_guest_makes_while_linen_runs_is_the_guests_own():
             self.dense = cv.host(nn.Dense(3), "nnx", X, rngs=rngs)
 
         def __call__(self, x):
-            return self.dense(x)
+            return rules.SignGradient()(self.dense)(x)  # draws nothing, and needs no key
 
     net = LinenHost(Mixed)
     variables = net.init(KEY, X)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from ._report import Check
 
 # Of the largest entry of an array, by the coarsest dtype that the models compute in.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+# Each program runs a few times at most, and compiling it would take most of the time.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 _FLOOR = 1e-2  # of the largest entry of all: below, arrays are sums that cancel, such as a bias before a batch norm
 
@@ -101,7 +105,7 @@ def _gradients(side: Side, sample: Sequence[Any]) -> _Figures:
         leaves = [leaf for leaf in jax.tree.leaves(out) if is_array(leaf)]
         return [leaf for leaf in leaves if is_inexact(leaf)], leaves
 
-    @jax.jit
+    @_jit
     def figures(params: Arrays, inputs: Sequence[Any]) -> tuple[Any, Any, Any]:
         y, pullback, leaves = jax.vjp(run, params, inputs, has_aux=True)
         return leaves, *pullback([_random(index, leaf) for index, leaf in enumerate(y)])
@@ -121,7 +125,7 @@ def _trained(side: Side, sample: Sequence[Any], steps: int, rate: float) -> tupl
         y = [leaf for leaf in jax.tree.leaves(out) if is_inexact(leaf)]
         return sum(jnp.mean(jnp.abs(leaf - _random(i, leaf)) ** 2) for i, leaf in enumerate(y)), (y, state)
 
-    @jax.jit
+    @_jit
     def stepped(params: Arrays, state: Arrays) -> tuple[Arrays, Arrays, list[Any]]:
         bars, (y, state) = jax.grad(loss, has_aux=True)(params, state)
         norm = jnp.sqrt(sum(jnp.sum(jnp.abs(bar) ** 2) for bar in bars.values()))
