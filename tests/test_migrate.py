@@ -91,9 +91,8 @@ def test_a_model_that_is_moved_round_the_circle_comes_back_bit_for_bit(start):
     assert_same_bits(REWRITES[start].apart(made.handle), before)
 
 
-@pytest.mark.parametrize(("one", "other"), [("haiku", "linen"), ("nnx", "equinox")])
-def test_the_proof_compares_outputs_gradients_and_training_within_the_tolerance(one, other):
-    made = move(trained(one), one, other, steps=5)
+def test_the_proof_compares_outputs_gradients_and_training_within_the_tolerance():
+    made = move(trained("haiku"), "haiku", "linen", steps=5)
     assert made.report.proved
     assert [check.what for check in made.report.checks] == [
         "outputs",

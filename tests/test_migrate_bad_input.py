@@ -211,6 +211,28 @@ def test_optimiser_states_of_which_nothing_is_known_are_refused_until_somebody_s
     assert_same_bits(carried.slow, params)
 
 
+def test_masked_optimisers_move_with_their_masks_unless_an_array_is_half_masked():
+    optimiser = optax.multi_transform(
+        {"a": optax.adam(0.1), "b": optax.sgd(0.1)}, lambda _: {"kernel": "a", "bias": "b"}
+    )
+    layer = nn.Dense(3)
+    source = layer.bind(jax.jit(layer.init)(jax.random.key(0), X))
+    made = cv.migrate(source, nnx.Linear(4, 3, rngs=nnx.Rngs(0)), X, prove=False)
+    carried = made.optimizer_state(optimiser.init(source.variables["params"]))
+    mu = carried.inner_states["a"].inner_state[0].mu
+    assert mu["kernel"].get_value().shape == (4, 3)
+    assert jax.tree.leaves(mu["bias"]) == []
+    cell = nn.LSTMCell(3)
+    carry = (jnp.zeros((5, 3)), jnp.zeros((5, 3)))
+    source = cell.bind(jax.jit(cell.init)(jax.random.key(0), carry, X))
+    made = cv.migrate(source, nnx.OptimizedLSTMCell(4, 3, rngs=nnx.Rngs(0)), carry, X, prove=False)
+    half = optax.masked(
+        optax.adam(0.1), lambda params: {name: dict.fromkeys(own, name != "ii") for name, own in params.items()}
+    )
+    with pytest.raises(MigrationError, match="has only some of the parameters that become 'dense_i/kernel'"):
+        made.optimizer_state(half.init(source.variables["params"]))
+
+
 def test_a_tree_that_is_no_gradient_of_the_source_is_refused():
     made = cv.migrate(bound(nn.Dense(3)), net(lambda: hk.Linear(3)), X, prove=False)
     with pytest.raises(

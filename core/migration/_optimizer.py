@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from .._arrays import is_array
 from .._errors import MigrationError
@@ -55,7 +56,7 @@ def converted_optimizer_state(moving: Moving, state: Any, moments: Mapping[str, 
         if flat is not None and flat.keys() == names:
             if moment is None:
                 raise _unknown(where, "something that is shaped like the parameters")
-            return moving.target.tree(_by(moving, moment)(flat))
+            return moving.target.tree(_with_masks(moving, _by(moving, moment), flat, where))
         if isinstance(node, tuple) and hasattr(node, "_fields"):
             fields = known.get(type(node).__name__, {})
             made = {
@@ -71,7 +72,8 @@ def converted_optimizer_state(moving: Moving, state: Any, moments: Mapping[str, 
             raise _unknown(where, f"an array of shape {list(node.shape)}")
         if not is_array(node) and any(is_array(leaf) and leaf.ndim for leaf in jax.tree.leaves(node)):
             raise _unknown(where, f"a {type(node).__name__} with arrays")
-        return node
+        leaves = jax.tree.leaves(node)
+        return leaves[0] if len(leaves) == 1 else node  # a scalar without the box of its framework
 
     return visit(state, (), None)
 
@@ -82,6 +84,24 @@ def _by(moving: Moving, moment: Moment) -> Callable[[Arrays], Arrays]:
     if moment == "second":
         return moving.second_moments
     return lambda params: moving.values(params, moving.source.state, {})[0]
+
+
+def _with_masks(moving: Moving, by: Callable[[Arrays], Arrays], flat: Arrays, where: tuple[str, ...]) -> Arrays:
+    """Converts a tree in which marks may stand for parameters that another optimiser has, as optax masks them."""
+    masks = [leaf for leaf in flat.values() if not is_array(leaf)]
+    if not masks:
+        return by(flat)
+    types = moving.source.params
+    zeros = {path: jnp.zeros(kind.shape, kind.dtype) for path, kind in types.items()}
+    made = by({path: leaf if is_array(leaf) else zeros[path] for path, leaf in flat.items()})
+    held = moving.second_moments({path: zeros[path] + is_array(leaf) for path, leaf in flat.items()})
+    for path, part in held.items():
+        if not bool((part == 1).all()) and bool((part != 0).any()):
+            raise MigrationError(
+                f"The optimiser's state at {show(where)} has only some of the parameters that become "
+                f"{'/'.join(path)!r} in the target. Give them one optimiser, or initialise it anew."
+            )
+    return {path: array if bool((held[path] == 1).all()) else masks[0] for path, array in made.items()}
 
 
 def _unknown(where: tuple[str, ...], what: str) -> MigrationError:

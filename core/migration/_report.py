@@ -111,9 +111,14 @@ class Report:
             together: dict[str, list[str]] = {}
             for path, names in self.kept.items():
                 together.setdefault(", ".join(names), []).append(path)
-            lines = [f"  {names} of {', '.join(paths)}" for names, paths in together.items()]
+            lines = [f"  {names} of {_listed(paths)}" for names, paths in together.items()]
             parts.append("\n".join(["State that the target has no place for, kept among the remainders:", *lines]))
         return "\n\n".join(parts)
+
+
+def _listed(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + more
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
