@@ -66,6 +66,14 @@ def test_a_block_runs_behind_the_first_and_signs_the_parameters_gradient(block):
         with pytest.raises(AssertionError):
             assert_same_bits(of(namespace["guided"]), own)
         return
+    if "moved" in namespace:
+        x, y = namespace["x"], namespace["trained"].apply(namespace["params"], None, namespace["x"])
+        np.testing.assert_allclose(namespace["y"], y, rtol=1e-5)
+        return
+    if "scaled" in namespace:
+        x = namespace["x"]
+        np.testing.assert_array_equal(namespace["scaled"], x * (1 + x))
+        return
     leaves = jax.tree.leaves(namespace["grads"])
     assert leaves
     assert all(set(np.unique(leaf)) <= {-1.0, 1.0} for leaf in leaves)

@@ -91,6 +91,8 @@ class Report:
         ]
         return "\n\n".join(part for part in parts if part)
 
+    __repr__ = __str__
+
     def proof(self) -> str:
         """Tables the figures, the part that says whether the two models are the same, and what keeps them from it."""
         rows = [
