@@ -13,7 +13,7 @@ import pytest
 from rewrites import IMAGES, REWRITES, SAMPLE
 
 import crossvjp as cv
-from crossvjp.migration import Migration
+from crossvjp.migration import Migration, MigrationError
 from crossvjp.testing import assert_close, assert_same_bits
 
 CIRCLE = ("haiku", "linen", "nnx", "equinox")
@@ -160,3 +160,17 @@ def test_the_report_says_which_layer_went_where():
     ]
     assert layers[0].shapes == "kernel[3,3,2,4] bias[4]"
     assert "Transpose" in layers[0].pieces
+
+
+def test_names_of_axes_go_where_their_axes_go():
+    made = moved("linen", "equinox")
+    names = {"conv/kernel": (None, None, "in", "out"), "head/kernel": ("hidden", "classes"), "head/bias": ("classes",)}
+    assert made.axis_names(names) == {
+        "conv/weight": ("out", "in", None, None),
+        "head/weight": ("classes", "hidden"),
+        "head/bias": ("classes",),
+    }
+    with pytest.raises(MigrationError, match="no parameter 'head/kernal'; it has 'head/kernel'"):
+        made.axis_names({"head/kernal": ("hidden", "classes")})
+    with pytest.raises(MigrationError, match=r"'head/bias' has 1 axes, but \('a', 'b'\) names 2"):
+        made.axis_names({"head/bias": ("a", "b")})

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
 from .._errors import MigrationError
+from .._paths import Path
 from ._moving import Moving, Remainders
+from ._names import Names
 from ._opened import Call
 from ._optimizer import Moment, converted_optimizer_state
 from ._report import Report
@@ -60,6 +63,34 @@ class Migration:
                 + (f"; only one of the two has {', '.join(sorted(missing)[:5])}." if missing else ".")
             )
         return self.moving.target.tree(self.moving.cotangents(flat))
+
+    def axis_names(self, names: Mapping[str, Sequence[Any]]) -> dict[str, tuple[Any, ...]]:
+        """Converts what the axes of the source's parameters are called or sharded over, along with the axes.
+
+        Boxes and metadata of the target stay its own; this is for making them, or shardings of its arrays.
+
+        Args:
+            names: by the paths of the source's parameters, `{"mlp/linear_0/w": (None, "model")}`, one name an axis.
+
+        Returns:
+            The same by the paths of the target's parameters.
+
+        Raises:
+            MigrationError: the source has no such parameter, or it has another number of axes.
+        """
+        params = {"/".join(path): (path, array) for path, array in self.moving.source.params.items()}
+        given: dict[Path, Names] = {}
+        for name, axes in names.items():
+            if name not in params:
+                near = difflib.get_close_matches(name, params, 3, 0.4) or list(params)[:5]
+                raise MigrationError(f"The source has no parameter {name!r}; it has {', '.join(map(repr, near))}.")
+            path, array = params[name]
+            if len(axes) != array.ndim:
+                raise MigrationError(
+                    f"The source's parameter {name!r} has {array.ndim} axes, but {tuple(axes)} names {len(axes)}."
+                )
+            given[path] = tuple(axes)
+        return {"/".join(path): axes for path, axes in self.moving.axis_names(given).items() if axes}
 
     def optimizer_state(self, state: PyTree, moments: Mapping[str, Mapping[str, Moment]] | None = None) -> PyTree:
         """Converts an optax state that belongs to the source's parameters.

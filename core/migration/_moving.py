@@ -12,8 +12,9 @@ import numpy as np
 from .._arrays import ArrayType, is_inexact
 from .._errors import ArgumentError, MigrationError
 from .._paths import Path
-from ._convert import Converted, convert, convert_cotangents, convert_second_moments
+from ._convert import Converted, convert, convert_cotangents, convert_names, convert_second_moments
 from ._layer import Arrays
+from ._names import Names
 from ._opened import Opened
 from ._pairing import Pair
 
@@ -74,6 +75,23 @@ class Moving:
     def second_moments(self, params: Arrays) -> Arrays:
         """Converts what has no sign, as squares of gradients have none."""
         return self._parts(params, convert_second_moments)
+
+    def axis_names(self, names: Mapping[Path, Names]) -> dict[Path, Names]:
+        """Converts what the axes of the source's parameters are called or sharded over."""
+        found: dict[Path, Names] = {}
+        for pair in self.pairs:
+            mine, theirs = (one.place for one in pair)
+            own, loops = mine.of(dict(names)), len(mine.stacked)
+            if mine.layout is None or theirs.layout is None:
+                made = own
+            else:
+                cut = {path: given and given[loops:] for path, given in own.items()}
+                made = convert_names(mine.layer, mine.layout, cut, theirs.layer, theirs.layout)
+                fronts = {given[:loops] for given in own.values() if given}  # of the axes that a loop has stacked
+                front = fronts.pop() if len(fronts) == 1 else (None,) * loops
+                made = {path: given and (*front, *given) for path, given in made.items()}
+            found |= _placed(theirs.path, made)
+        return {path: given for path, given in found.items() if given}
 
     def _parts(self, params: Arrays, convert_part: Callable[..., Arrays]) -> Arrays:
         found: Arrays = {}
