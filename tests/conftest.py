@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 from worlds import WORLDS, World, world_of
 
 jax.config.update("jax_num_cpu_devices", 8)  # for test_sharding.py; the others run on the first of them
+
+jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where operations come from, a seventh of the time
 
 # Older versions of JAX have no coming custom_vjp.
 collect_ignore = [] if "jax_custom_vjp3" in jax.config.values else ["test_coming_custom_vjp.py"]
@@ -27,6 +30,16 @@ def make_world(name: str) -> World:
 def world(request: pytest.FixtureRequest) -> World:
     """Each framework in turn."""
     return make_world(request.param)
+
+
+_TESTS_A_CACHE = 40
+_finished = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Clears JAX's caches now and then: lowering slows down with the number of programs that are kept."""
+    if next(_finished) % _TESTS_A_CACHE == 0:
+        jax.clear_caches()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
