@@ -11,7 +11,7 @@ from worlds import WORLDS, World, world_of
 
 jax.config.update("jax_num_cpu_devices", 8)  # for test_sharding.py; the others run on the first of them
 
-jax.config.update("jax_traceback_in_locations_limit", 0)  # nobody reads where operations come from, a seventh of the time
+jax.config.update("jax_traceback_in_locations_limit", 0)  # a seventh of the time, for what nobody reads
 
 # Older versions of JAX have no coming custom_vjp.
 collect_ignore = [] if "jax_custom_vjp3" in jax.config.values else ["test_coming_custom_vjp.py"]
