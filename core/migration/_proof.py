@@ -21,7 +21,7 @@ from ._report import Check
 # Of the largest entry of an array, by the coarsest dtype that the models compute in.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
-# Each program runs a few times at most, and compiling it would take most of the time.
+# Each program runs a few times at most; compiling it well would take most of the time.
 _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 _FLOOR = 1e-2  # of the largest entry of all: below, arrays are sums that cancel, such as a bias before a batch norm
