@@ -29,6 +29,12 @@ def _stacks() -> tuple[Any, ...]:
     )
 
 
+def names_in_frame() -> set[str]:
+    """Lists the modules of the current frame that have parameters or state so far."""
+    frame: Any = base.current_frame()
+    return {*frame.params, *(frame.state or {})}
+
+
 class MissedError(Exception):
     """A call touched parameters or state of the live frame that the boundary does not hold."""
 

@@ -16,7 +16,7 @@ import haiku as hk
 import jax
 
 from crossvjp import HandleError
-from crossvjp.adapters._haiku_frames import Frame, MissedError, refuse_frames, touched_by
+from crossvjp.adapters._haiku_frames import Frame, MissedError, names_in_frame, refuse_frames, touched_by
 from crossvjp.adapters._haiku_host import HaikuHosting
 from crossvjp.adapters._haiku_migration import HaikuMigration
 from crossvjp.adapters._haiku_models import HaikuModels
@@ -115,9 +115,8 @@ class HaikuAdapter:
             body(cell[0])
 
         touched = touched_by(run)
-        frame = Frame()
         called = cell.pop().called  # JAX keeps `run`, which must not keep the boundary
-        return {name for name in {*frame.params, *frame.state} if not called or _is_below(name, touched)}
+        return {name for name in names_in_frame() if not called or _is_below(name, touched)}
 
 
 def _inside_transform() -> bool:
@@ -155,8 +154,8 @@ def _modules_below(mdl: Any) -> set[str] | None:
         if not isinstance(part, hk.Module):
             return None
         visit(part)
-    frame = Frame()
-    return {name for name in {*frame.params, *frame.state} if _is_below(name, names)}
+    below = tuple(f"{name}/" for name in names)
+    return {name for name in names_in_frame() if f"{name}/".startswith(below)}
 
 
 def _only(bundles: Mapping[str, Any], held: Set[str] | None) -> dict[str, dict[str, Any]]:

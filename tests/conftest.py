@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pathlib
 
 import jax
 import pytest
@@ -11,7 +12,16 @@ from worlds import WORLDS, World, world_of
 
 jax.config.update("jax_num_cpu_devices", 8)  # for test_sharding.py; the others run on the first of them
 
-jax.config.update("jax_traceback_in_locations_limit", 0)  # a seventh of the time, for what nobody reads
+# Most of the time goes into compiling thousands of small programs, many of them the same in several tests and in both
+# of pytest's workers. So they are kept on disk, for the tests' own processes alone.
+KEPT = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
+for setting, value in {
+    "jax_compilation_cache_dir": str(KEPT),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_traceback_in_locations_limit": 0,  # part of the key; and a seventh of the time, for what nobody reads
+}.items():
+    jax.config.update(setting, value)
 
 # Older versions of JAX have no coming custom_vjp.
 collect_ignore = [] if "jax_custom_vjp3" in jax.config.values else ["test_coming_custom_vjp.py"]
@@ -32,12 +42,12 @@ def world(request: pytest.FixtureRequest) -> World:
     return make_world(request.param)
 
 
-_TESTS_A_CACHE = 40
+_TESTS_A_CACHE = 400
 _finished = itertools.count(1)
 
 
 def pytest_runtest_teardown() -> None:
-    """Clears JAX's caches now and then: lowering slows down with the number of programs that are kept."""
+    """Clears what JAX keeps in memory now and then: a worker would grow by a megabyte a test."""
     if next(_finished) % _TESTS_A_CACHE == 0:
         jax.clear_caches()
 

@@ -47,7 +47,7 @@ def check_adapter(*subjects: Subject) -> list[Report]:
         >>> from crossvjp.testing import ADAPTER_CHECKS, built_in_subjects
         >>> subject = built_in_subjects("plain")[0]
         >>> print(ADAPTER_CHECKS[0](subject))  # `check_adapter(subject)` runs them all
-        rule is transparent under eager: passed
+        a wrapped call is transparent under eager: passed
     """
     reports = [run_all(ADAPTER_CHECKS, subject.name, subject) for subject in check_subjects(subjects)]
     raise_failures(reports)
