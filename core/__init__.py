@@ -1,5 +1,8 @@
 """crossvjp: write a backward rule once; run it unchanged in Flax Linen, Flax NNX, Haiku, Equinox and plain JAX."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from ._ambient import rules_off as rules_off
 from ._attach import attach as attach
 from ._attach import detach as detach
@@ -34,4 +37,22 @@ from ._sites import sites as sites
 from ._vjp import variables as variables
 from ._vjp import vjp as vjp
 from ._where import function as function
-from .migration import migrate as migrate
+
+if _TYPE_CHECKING:
+    from . import migration as migration
+    from .migration import migrate as migrate
+
+
+def __getattr__(name: str) -> _Any:
+    """Imports what only few programs use when it is asked for."""
+    if name not in ("migrate", "migration"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    migration = importlib.import_module(".migration", __name__)
+    found = globals()[name] = migration if name == "migration" else migration.migrate
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "migrate", "migration"})

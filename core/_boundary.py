@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from jaxtyping import PyTree
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
 
-Body: TypeAlias = Callable[["Boundary"], tuple[Any, PyTree]]
+
+Body: TypeAlias = Callable[["Boundary"], "tuple[Any, PyTree]"]
 
 
 class Boundary(Protocol):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from jaxtyping import PyTree
 
 from ._channels import Channel, Overwrite, Stack, Sum
 from ._errors import ArgumentError
 from ._paths import Path, path_of
 from ._registry import adapter_of
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
 
 _KINDS: dict[str, type[Channel]] = {kind.__name__: kind for kind in (Sum, Overwrite, Stack)}
 

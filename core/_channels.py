@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import abc
 import functools
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from ._arrays import ArrayType, is_inexact, is_ref
 from ._errors import ArgumentError
 from ._paths import leaves_with_paths, show
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
 
 
 def _flatten_with_keys(channel: Any) -> tuple[tuple[tuple[Any, Any], ...], None]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from ._arrays import ArrayType, is_inexact
 from ._channels import alike
 from ._errors import ArgumentError
 from ._paths import leaves_with_paths, show
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
 
 
 class Highway:

@@ -67,7 +67,7 @@ class Running:
 
     def rewritten(self, fn: Callable[..., Any], mdl: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `fn(mdl, *args, **kwargs)`, with rules on the functions that are chosen by name."""
-        from ._rewrite import call_rewritten
+        from ._rewrite import call_rewritten  # here, since it imports jax.extend
 
         names: list[str] = []
 

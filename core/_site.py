@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.extend.core
 
 from ._cotangents import Cotangents
 from ._errors import ArgumentError
@@ -15,8 +14,14 @@ from ._inputs import Inputs
 from ._pullback import Pullback
 from ._session import Outcome, Session
 
-# Older versions of JAX have it elsewhere.
-_trace_state = getattr(jax.extend.core, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state
+
+def _trace_state() -> Any:
+    """Names the trace that runs now."""
+    import jax.extend.core  # here, since it imports Pallas: a fifth of the time that importing crossvjp takes
+
+    # Older versions of JAX have it elsewhere.
+    state = getattr(jax.extend.core, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state
+    return state(convention="flax")
 
 
 class Site:
@@ -30,7 +35,7 @@ class Site:
     def __init__(self, session: Session, context: Callable[[], Sequence[Any]]):
         self._session = session
         self._context = context
-        self._trace = _trace_state(convention="flax")
+        self._trace = _trace_state()
         self.seen: Outcome | None = None
         """The last run's outcome; its arrays may belong to the trace of a loop's body."""
         self.seen_here: Outcome | None = None
@@ -60,7 +65,7 @@ class Site:
 
     def _see(self, outcome: Outcome) -> None:
         self.seen = outcome
-        if _trace_state(convention="flax") == self._trace:
+        if _trace_state() == self._trace:
             self.seen_here = outcome
 
     def _at(self, variables: Any, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[Session, list[Any]]:

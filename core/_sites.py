@@ -12,7 +12,6 @@ import jax
 from ._arrays import is_array
 from ._attachment import Attachment
 from ._models import models_of
-from ._rewrite import names_in
 from ._running import Row
 
 
@@ -60,6 +59,8 @@ def sites(model: Any, *sample: Any, **keywords: Any) -> Sites:
     models = models_of(model)
     attachment = models.attachment_of(model) or Attachment()
     rows, program = models.record(models.detach(model), attachment, sample, keywords)
+    from ._rewrite import names_in  # here, since it imports jax.extend
+
     names = collections.Counter(names_in(program))
     functions = [
         Row(name, "named function", "", {}, found and found[0], count)

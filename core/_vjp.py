@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from jaxtyping import PyTree
 
 from ._cotangents import Order, check_order
 from ._inputs import Handle, Inputs
 from ._pullback import Pullback
 from ._session import Session
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
 
 
 def vjp(
