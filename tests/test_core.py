@@ -6,6 +6,8 @@ import ast
 import contextlib
 import pathlib
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import flax.core
@@ -228,6 +230,22 @@ def test_the_check_of_imports_catches_a_framework(tmp_path):
     wrong = tmp_path / "wrong.py"
     wrong.write_text("import os\nfrom jax._src import core\ndef f():\n    import flax.linen\n")
     assert imported_by(wrong) & FORBIDDEN == {"jax._src", "flax"}
+
+
+def test_importing_crossvjp_imports_nothing_that_takes_long():
+    """It takes some 40 ms beside jax, where these would take 70 more; what needs them imports them when it runs."""
+    program = "import jax, sys; before = set(sys.modules); import crossvjp; print(*sorted(set(sys.modules) - before))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "crossvjp._rule" in found
+    assert [name for name in found if not name.startswith("crossvjp")] == []
+    assert not {"crossvjp.migration", "crossvjp.testing", "crossvjp.rules", "crossvjp.adapters"} & {*found}
+
+
+def test_what_is_imported_late_is_there():
+    assert crossvjp.migrate is crossvjp.migration.migrate
+    assert {"migrate", "migration", "rule"} <= {*dir(crossvjp)}
+    with pytest.raises(AttributeError, match="module 'crossvjp' has no attribute 'migrat'"):
+        _ = crossvjp.migrat
 
 
 PRIVATE = ("haiku._src", "flax.linen.transforms", "flax.linen.module", "jax._src")
