@@ -53,7 +53,10 @@ def collectives(framework: str, layer: Layer, variant: Variant, placement: Place
     x = _placed(x, mesh, P("devices") if placement == "data" else P())
     rest = jax.tree.map(lambda leaf: _placed(leaf, mesh, P()), rest)
     grad = jax.jit(jax.value_and_grad(case.loss, has_aux=True))
-    return count(grad.lower(placed, rest, x).compile().as_text())
+    program = grad.lower(placed, rest, x).compile().as_text()
+    if program is None:
+        raise RuntimeError(f"XLA does not show its programs on {jax.default_backend()}.")
+    return count(program)
 
 
 def _placed(leaf: Any, mesh: Mesh, spec: P) -> Any:

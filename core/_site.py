@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.core
 
 from ._cotangents import Cotangents
 from ._errors import ArgumentError
@@ -17,6 +16,7 @@ from ._session import Outcome, Session
 
 def _trace_state() -> Any:
     """Names the trace that runs now."""
+    import jax.core
     import jax.extend.core  # here, since it imports Pallas: a fifth of the time that importing crossvjp takes
 
     # Older versions of JAX have it elsewhere.

@@ -111,7 +111,9 @@ def program(under: Callable[..., Any], place: Callable[[Any, str], Any]) -> str:
     lowered = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(
         *arrays, images, labels, place(jax.random.key(0), "key")
     )
-    return lowered.compile().as_text()
+    text = lowered.compile().as_text()
+    assert text is not None
+    return text
 
 
 def main(rank: int, count: int, port: int, out: Path) -> None:
