@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 from flax.core import Scope
 from flax.linen import module as linen_module
 from flax.linen import transforms
 from flax.linen.transforms import get_module_scopes, set_module_scopes
 
 from crossvjp import HandleError
+from crossvjp.extend import Static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,19 @@ class OpenedModule:
         if isinstance(handle, Scope):
             return OpenedModule(handle, [scope], None)
         return OpenedModule(handle, get_module_scopes(handle)[0], handle._state.export())
+
+    @property
+    def static(self) -> Any:
+        """The module's class and its fields but for its place in the model; `None` for a scope."""
+        if isinstance(self.handle, Scope):
+            return None
+        names = [field.name for field in dataclasses.fields(self.handle) if field.name not in ("parent", "name")]
+        values = [getattr(self.handle, name) for name in names]
+        if any(
+            isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values)
+        ):  # perhaps of a trace, and not to be kept
+            return None
+        return type(self.handle), tuple(names), tuple(map(Static, values))
 
     def rebuild(self, scopes: list[Scope]) -> Any:
         """Makes a copy of the module that is bound to other scopes."""

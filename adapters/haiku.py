@@ -32,6 +32,8 @@ class HaikuBoundary:
     too, `{"params": ..., "state": ...}` of such.
     """
 
+    static = None  # modules are told apart by their names, which a rule may see
+
     def __init__(self, mdl: Any, grad_vars: Any, held: Set[str] | None):
         self.called = False
         self._mdl = mdl
@@ -63,6 +65,10 @@ class HaikuBoundary:
     def publish(self, updates: Mapping[str, Any]) -> None:
         """Writes the updates into the live frame, and lets go of it."""
         self._frame.publish(updates["params"], updates["state"], updates["rng"])
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the live frame."""
         self._frame.release()
 
     def closed(self) -> contextlib.AbstractContextManager[None]:
@@ -115,8 +121,9 @@ class HaikuAdapter:
             body(cell[0])
 
         touched = touched_by(run)
-        called = cell.pop().called  # JAX keeps `run`, which must not keep the boundary
-        return {name for name in names_in_frame() if not called or _is_below(name, touched)}
+        boundary = cell.pop()  # JAX keeps `run`, which must not keep the boundary, nor what that holds
+        boundary.release()
+        return {name for name in names_in_frame() if not boundary.called or _is_below(name, touched)}
 
 
 def _inside_transform() -> bool:

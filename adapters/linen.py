@@ -44,6 +44,8 @@ class LinenBoundary:
         self._counters = [_copied(root.rng_counters) for root in self._live]
         self._ambient = Ambient.current()
         self._closed = ClosedScopes(self._live)
+        configured = [module.static for module in self._modules]
+        self.static = None if None in configured else (tuple(configured), self._treedef, self._ambient)
 
         def named(word: Any) -> Predicate:
             try:

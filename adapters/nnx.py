@@ -63,6 +63,7 @@ class NnxBoundary:
     def __init__(self, mdl: Any, grad_vars: Any):
         wanted = predicate(grad_vars, _named)
         self._graphdef, pairs = _flattened(mdl)
+        self.static = self._graphdef
         able = [is_inexact(_raw(leaf)) for _, leaf in pairs]
         paths = [tuple(map(str, path)) for path, _ in pairs]
         self._chosen = [ok and wanted(path, pair[1]) for ok, path, pair in zip(able, paths, pairs, strict=True)]

@@ -16,6 +16,7 @@ class ValueBoundary:
 
     def __init__(self, mdl: Any, wanted: Predicate, grad_vars: Any):
         self._partition = Partition(mdl, wanted, grad_vars)
+        self.static = self._partition.static
         self.variables, self.context = self._partition.take()
 
     def call(self, fn: Callable[..., Any], variables: Any, context: Any, *args: Any, **kwargs: Any) -> tuple[Any, None]:

@@ -70,6 +70,16 @@ class ArrayType:
         return not self.is_ref and bool(jnp.issubdtype(self.dtype, jnp.inexact))
 
 
+class Printed:
+    """Prints as a type's words in the place of an array."""
+
+    def __init__(self, type_: ArrayType):
+        self._words = str(type_)
+
+    def __repr__(self) -> str:
+        return self._words
+
+
 class Static:
     """A leaf that is no array, comparable so that it can stand in a treedef.
 

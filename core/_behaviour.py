@@ -58,11 +58,30 @@ class Behaviour(Protocol):
     symbolic_zeros: bool
     """Whether `backward` gets JAX's symbolic zeros in `y_bar`, in place of arrays of zeros."""
 
-    author: str
-    """What errors call the rule."""
+    key: Any
+    """All about the rule but its arrays, hashable: calls under rules with equal ones may share what JAX makes of them.
+
+    `None` where they may not.
+    """
+
+    can_be_compared: bool
+    """Whether `formal_backward` may give something."""
+
+    @property
+    def author(self) -> str:
+        """What errors call the rule."""
+        ...
 
     def check(self, session: Session) -> None:
         """Refuses a call that the rule can't be put on."""
+        ...
+
+    def formal_backward(self, session: Session, primals: Primals, outcome: Outcome) -> list[Any] | None:
+        """Runs the backward pass on any cotangents; `None` if it may do other things than the trace shows."""
+        ...
+
+    def release(self) -> None:
+        """Lets go of the arrays: late runs get theirs as arguments."""
         ...
 
     def run(self, session: Session, primals: Primals) -> Outcome:

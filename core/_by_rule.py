@@ -7,13 +7,14 @@ is kept. Where it can't be traced so, everything is kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.custom_derivatives import SymbolicZero
 
-from ._arrays import ArrayType, Layout, take_apart
+from ._arrays import ArrayType, Layout, Printed, is_inexact, take_apart
 from ._behaviour import Answer, Perturbed, Primals, is_coming, run_alone
 from ._call import Call, Part
 from ._closures import name_of
@@ -22,7 +23,7 @@ from ._cotangents import Cotangents
 from ._errors import ArgumentError, CotangentError
 from ._inputs import has_parameter
 from ._kept import GROUPS, Kept
-from ._needed import dead_pullback, needed
+from ._needed import dead_pullback, formally, needed
 from ._own_functions import own_functions, with_functions
 from ._pullback import Pullback, zero_of
 from ._residuals import Residuals, with_residuals
@@ -42,14 +43,20 @@ class ByRule:
     def __init__(self, the_rule: Rule, key: Any):
         arrays, self._layout = take_apart((the_rule, key))
         self.arrays: Sequence[Any] = arrays
+        self.key = self._layout if the_rule.pure else None
         self._replaces = the_rule.replaces_forward
         functions = own_functions(the_rule)
         self.forward_functions: Sequence[Any] = functions if self._replaces else []
         self.backward_functions: Sequence[Any] = [] if self._replaces else functions
-        self.author = the_rule.described()
+        self._types = list(map(ArrayType.of, arrays))
         self.asks_updates = has_parameter(the_rule.own_backward, "updates_bar")
+        self.can_be_compared = not (self._replaces or self.asks_updates)
         self._needs_variables = the_rule.needs_variables
         self._zeros_as_none = the_rule.symbolic_zeros
+
+    @property
+    def author(self) -> str:
+        return repr(self._layout.fill(map(Printed, self._types))[0])
 
     def check(self, session: Session) -> None:
         if self._needs_variables and not session.variables:
@@ -57,6 +64,9 @@ class ByRule:
                 f"{self.author} acts on variables, but the module has none that are differentiable and that "
                 "`grad_vars` selects. Put it on a module with parameters."
             )
+
+    def release(self) -> None:
+        self.arrays = []
 
     def run(self, session: Session, primals: Primals) -> Outcome:
         if not self._replaces:
@@ -97,6 +107,15 @@ class ByRule:
                     "outputs says symbolic_zeros = False and gets zeros there."
                 )
             raise
+
+    def formal_backward(self, session: Session, primals: Primals, outcome: Outcome) -> list[Any] | None:
+        if len(outcome.arrays) != 1:  # of several, some may come without a cotangent
+            return None
+        groups = (primals.own, primals.variables, primals.context, primals.arrays)
+        everywhere = Perturbed(*(tuple(map(is_inexact, group)) for group in groups))
+        everything = Kept.everything(primals, outcome, Residuals(), everywhere)
+        results, touched = formally(session, everything, functools.partial(self._answer, session), absent=self._absent)
+        return None if "perturbed" in touched else results
 
     def _first_run(
         self, session: Session, primals: Primals, perturbed: Perturbed
@@ -165,9 +184,7 @@ class ByRule:
     def _needed(
         self, session: Session, everything: Kept, zeros: Sequence[bool]
     ) -> tuple[dict[str, list[bool]], list[bool]] | None:
-        def run(kept: Kept, pullback: Callable[[Any], Cotangents], y_bar: Any, updates_bar: Any) -> Answer:
-            return self._answer(session, kept, pullback, y_bar, updates_bar)
-
+        run = functools.partial(self._answer, session)
         return needed(session, everything, run, asks_updates=self.asks_updates, absent=self._absent, zeros=zeros)
 
     def _check_kept(self, session: Session, kept: Kept, zeros: Sequence[bool]) -> None:
@@ -193,7 +210,7 @@ class ByRule:
             "keywords": lambda: session.inputs.rebuild(kept.group("arrays"), ())[1],
             "output": lambda: facts.output.fill(kept.group("output")),
             "residuals": lambda: facts.extra.fill(kept.group("extra")),
-            "perturbed": lambda: self._flags(session, the_rule, facts.perturbed),
+            "perturbed": lambda: self._flags(session, the_rule, kept.looked_at_perturbed()),
             "key": lambda: key,
             "pullback": lambda: pullback,
             "conform": lambda: session.as_cotangents,

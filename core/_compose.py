@@ -69,6 +69,11 @@ class Composed(Rule):
         return all(part.exact for part in self.rules)
 
     @property
+    def pure(self) -> bool:
+        """Whether all are."""
+        return all(part.pure for part in self.rules)
+
+    @property
     def symbolic_zeros(self) -> bool:
         """Whether all take `None` for a zero."""
         return all(part.symbolic_zeros for part in self.rules)

@@ -130,6 +130,7 @@ class _ByFunctions:
 
     arrays: Sequence[Any] = ()
     symbolic_zeros = False
+    can_be_compared = False
 
     def __init__(
         self, fn: Callable[..., Any], forward_fn: Callable[..., Any], backward_fn: Callable[..., Any], order: Order
@@ -137,12 +138,19 @@ class _ByFunctions:
         self.forward_functions: Sequence[Any] = [forward_fn]
         self.backward_functions: Sequence[Any] = [backward_fn]
         self._order: Order = order
+        self.key = (forward_fn, backward_fn, order)
         self.author = getattr(backward_fn, "__name__", repr(backward_fn))
         self.asks_updates = has_parameter(backward_fn, "updates_bar")
         # If `fn` has a parameter of this name too, it is one of the call's own.
         self._asks_perturbed = has_parameter(forward_fn, "perturbed") and not has_parameter(fn, "perturbed")
 
     def check(self, session: Session) -> None:
+        pass
+
+    def formal_backward(self, session: Session, primals: Primals, outcome: Outcome) -> None:
+        return None
+
+    def release(self) -> None:
         pass
 
     def run(self, session: Session, primals: Primals) -> Outcome:

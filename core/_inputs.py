@@ -46,6 +46,11 @@ class Handle:
         return (module if self._method is None else types.MethodType(self._method, module)), held
 
     @property
+    def key(self) -> Any:
+        """How it is taken apart: the method if it is a bound one, and whether modules stand among the arguments."""
+        return self._method, self._holds
+
+    @property
     def modules(self) -> list[Any]:
         """The live modules, those inside of a composite handle among them."""
         leaves = jax.tree.leaves(self.opened, is_leaf=is_reference)
@@ -116,6 +121,11 @@ class Inputs:
         self._by_keyword = {
             name: self._add(f"input {name!r}", arg, placeholders, is_array) for name, arg in kwargs.items()
         }
+
+    @property
+    def key(self) -> Any:
+        """All about the arguments but their arrays."""
+        return tuple(self._by_position), tuple(self._by_keyword.items()), self.nondiff
 
     def rebuild(self, arrays: Sequence[Any], held: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Gives the arguments back, around other arrays and other modules."""
@@ -228,6 +238,9 @@ def check_nondiff(nondiff_argnums: Sequence[int] | int, count: int, fn: Callable
 
 def has_parameter(function: Callable[..., Any], name: str) -> bool:
     """Says whether a function asks for something by the name of a parameter."""
+    if type(function) is types.FunctionType and not function.__dict__:  # the usual case; a signature takes long
+        code = function.__code__
+        return name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     try:
         return name in inspect.signature(function).parameters
     except (TypeError, ValueError):  # builtins without a signature

@@ -58,7 +58,7 @@ class Kept:
     pullback: list[Any]
     facts: Facts
     touched: set[str] = dataclasses.field(default_factory=set)
-    """The groups that were looked at."""
+    """The groups that were looked at; `perturbed` and `pullback` count as such."""
     spare: int = 0
     """How many arrays a pullback would have that is not kept."""
 
@@ -97,6 +97,11 @@ class Kept:
         """Lists a group's arrays, with zeros for those that nothing depends on."""
         self.touched.add(name)
         return list(map(_or_zeros, self.groups[name], self.facts.types[name]))
+
+    def looked_at_perturbed(self) -> Perturbed:
+        """Says what is differentiated."""
+        self.touched.add("perturbed")
+        return self.facts.perturbed
 
     def filled_pullback(self) -> Pullback | None:
         """Gives the pullback, if it was kept, with zeros for what nothing depends on."""

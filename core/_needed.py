@@ -55,6 +55,25 @@ def needed(
     return trace.by_group(used, eager=eager), trace.results(used, eager=eager)
 
 
+def formally(
+    session: Session, everything: Kept, run: Run, *, absent: Callable[[ArrayType], Any]
+) -> tuple[list[Any], set[str]]:
+    """Runs `backward` within a trace on any cotangents, so that the trace shows what it does with them.
+
+    Args:
+        session: the call.
+        everything: all arrays that could be kept.
+        run: the rule.
+        absent: what `y_bar` has for an output that can't have a cotangent.
+
+    Returns:
+        Its results, and the groups of arrays that it looked at.
+    """
+    zeros = [False] * len(everything.facts.outputs)
+    trace = _Trace(session, everything, run, absent, zeros, None, keys=True)
+    return trace(trace.formal()), trace.touched
+
+
 class _Trace:
     """`backward` as a function of a flat list of arrays, to the list of the cotangents that are asked for."""
 
@@ -66,15 +85,17 @@ class _Trace:
         absent: Callable[[ArrayType], Any],
         zeros: Sequence[bool],
         updates: list[ArrayType] | None,
+        *,
+        keys: bool = False,
     ):
         self._session, self._everything, self._run, self._absent = session, everything, run, absent
-        self._touched: set[str] = set()
+        self.touched: set[str] = set()
         facts = everything.facts
         self._places = [
             (name, index)
             for name, types in facts.types.items()
             for index, type_ in enumerate(types)
-            if _has_zeros(type_)
+            if _has_zeros(type_) or (keys and type_ is not None)
         ]
         self._able = [type_.is_inexact and not zero for type_, zero in zip(facts.outputs, zeros, strict=True)]
         self._pulled = [*session.variables_types, *facts.types["arrays"]]
@@ -100,22 +121,29 @@ class _Trace:
         if self._updates is not None:
             flat = [next(rest) if type_.is_inexact else zero_of(type_) for type_ in self._updates]
             updates_bar = facts.updates_layout.fill_arrays_only(flat)
-        kept = Kept(groups, [], facts, self._touched)
-        pullback = _KnownPullback(self._session, pulled, self._touched)
+        kept = Kept(groups, [], facts, self.touched)
+        pullback = _KnownPullback(self._session, pulled, self.touched)
         return _asked_for(self._session, self._run(kept, pullback, y_bar, updates_bar), facts.perturbed)
+
+    def formal(self) -> list[Any]:
+        """Lists arguments for a call: what is known, and operations of the right types for what is not."""
+        groups = self._everything.groups
+        unknown = [array for array in groups["output"] if is_inexact(array)]
+        unknown += [array for array in (*groups["variables"], *groups["arrays"]) if is_inexact(array)]
+        return [groups[name][index] for name, index in self._places] + list(jax.lax.optimization_barrier(unknown))
 
     def by_group(self, used: Sequence[bool], *, eager: bool) -> dict[str, list[bool]]:
         """Says which arrays are used, group by group."""
         found = {name: [array is not None for array in group] for name, group in self._everything.groups.items()}
         for (name, index), chosen in zip(self._places, used, strict=False):
             # Outside of a trace somebody may print what the rule looks at, so all of that is kept.
-            found[name][index] = chosen or (eager and name in self._touched)
+            found[name][index] = chosen or (eager and name in self.touched)
         return found
 
     def results(self, used: Sequence[bool], *, eager: bool) -> list[bool]:
         """Says which results of the pullback are used."""
         rest = iter(used[self._start : self._start + self._count])
-        looked_at = eager and "pullback" in self._touched
+        looked_at = eager and "pullback" in self.touched
         return [bool(type_ and type_.is_inexact) and (next(rest) or looked_at) for type_ in self._pulled]
 
 

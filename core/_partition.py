@@ -38,6 +38,11 @@ class Partition:
         self._halves = self._holed(chosen=True), context
         del self._leaves
 
+    @property
+    def static(self) -> Any:
+        """The half of the tree that is no array."""
+        return self._treedef, self._layout, tuple(self._chosen)
+
     def take(self) -> tuple[Any, list[Any]]:
         """Hands over the variables and the context, once: what late runs keep must hold no array."""
         halves = self._halves

@@ -132,6 +132,7 @@ class _NoModule:
 
     variables: Any = ()
     context: Any = ()
+    static: Any = ()
 
     def call(self, fn: Any, variables: Any, context: Any, *args: Any, **kwargs: Any) -> tuple[Any, None]:
         return fn(None, *args, **kwargs), None
@@ -143,6 +144,7 @@ class _NoModule:
 class _NoHandle:
     adapter = None
     modules: Sequence[Any] = ()
+    key = None
 
     def split(self, inner: Any, functions: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
         return None, ()
@@ -153,6 +155,8 @@ class _ByPair:
 
     arrays: Sequence[Any] = ()
     asks_updates = False
+    key = None  # as in `jax.custom_vjp`, each call runs `fwd`
+    can_be_compared = False
 
     def __init__(self, function: CustomVJP):
         self.forward_functions: Sequence[Any] = [function.fwd]
@@ -162,6 +166,12 @@ class _ByPair:
         self._fun_name, self._fwd_name = name_of(function.fun), name_of(function.fwd)
 
     def check(self, session: Session) -> None:
+        pass
+
+    def formal_backward(self, session: Session, primals: Primals, outcome: Outcome) -> None:
+        return None
+
+    def release(self) -> None:
         pass
 
     def run(self, session: Session, primals: Primals) -> Outcome:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, dataclass_transform, overload
 
 import jax
 
-from ._arrays import ArrayType, Static, take_apart
+from ._arrays import ArrayType, Printed, Static, take_apart
 from ._by_rule import ByRule
 from ._call import Call
 from ._errors import ArgumentError
@@ -75,6 +75,13 @@ class Rule(abc.ABC):
 
     `jax.tree.map` passes over `None`, and `call.pullback` takes it for zero. A rule that calculates
     with several outputs together says False. If no output has a cotangent, `backward` does not run.
+    """
+
+    pure = True
+    """Whether its code depends on nothing but its fields and what the call offers, as in all functions that JAX traces.
+
+    Calls that repeat within a program then share what JAX makes of the first ones. A rule that reads a flag, or counts
+    its calls while it is traced, says False.
     """
 
     needs_variables = False
@@ -186,17 +193,22 @@ class Rule(abc.ABC):
 
     def described(self) -> str:
         """Gives the rule as errors print it, with types in the places of arrays."""
-        _, layout = take_apart(self)
-        return repr(layout.fill([_Word(str(ArrayType.of(array))) for array in take_apart(self)[0]]))
+        arrays, layout = take_apart(self)
+        return repr(layout.fill(Printed(ArrayType.of(array)) for array in arrays))
 
 
 @overload
 def rule(
-    backward: Callable[..., Any], *, linear: bool = True, exact: bool = False, symbolic_zeros: bool = True
+    backward: Callable[..., Any],
+    *,
+    linear: bool = True,
+    exact: bool = False,
+    symbolic_zeros: bool = True,
+    pure: bool = True,
 ) -> Rule: ...
 @overload
 def rule(
-    *, linear: bool = True, exact: bool = False, symbolic_zeros: bool = True
+    *, linear: bool = True, exact: bool = False, symbolic_zeros: bool = True, pure: bool = True
 ) -> Callable[[Callable[..., Any]], Rule]: ...
 def rule(
     backward: Callable[..., Any] | None = None,
@@ -204,6 +216,7 @@ def rule(
     linear: bool = True,
     exact: bool = False,
     symbolic_zeros: bool = True,
+    pure: bool = True,
 ) -> Any:
     """Makes a rule without fields of a function `backward(call, y_bar)`.
 
@@ -212,6 +225,7 @@ def rule(
         linear: as `Rule.linear`.
         exact: as `Rule.exact`.
         symbolic_zeros: as `Rule.symbolic_zeros`.
+        pure: as `Rule.pure`.
 
     Returns:
         The rule; without `backward`, a decorator that makes it.
@@ -225,18 +239,8 @@ def rule(
         1.0
     """
     if backward is None:
-        return lambda backward: FunctionRule(backward, linear, exact, symbolic_zeros)
-    return FunctionRule(backward, linear, exact, symbolic_zeros)
-
-
-class _Word:
-    """Prints as it is."""
-
-    def __init__(self, word: str):
-        self._word = word
-
-    def __repr__(self) -> str:
-        return self._word
+        return lambda backward: FunctionRule(backward, linear, exact, symbolic_zeros, pure)
+    return FunctionRule(backward, linear, exact, symbolic_zeros, pure)
 
 
 def _is_plain(mdl: Any) -> bool:
@@ -283,6 +287,7 @@ class FunctionRule(Rule):
     linear: bool = static(default=True)
     exact: bool = static(default=False)
     symbolic_zeros: bool = static(default=True)
+    pure: bool = static(default=True)
 
     def backward(self, call: Call, y_bar: Any) -> Any:
         """Calls the function."""

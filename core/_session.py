@@ -35,6 +35,11 @@ class Outcome:
         """The types of the output's arrays."""
         return tuple(map(ArrayType.of, self.arrays))
 
+    def with_types(self) -> Outcome:
+        """Gives the same with types in the places of arrays."""
+        updates = list(map(ArrayType.of, self.updates))
+        return Outcome(list(self.output_types), self.layout, updates, self.updates_layout)
+
     def without_arrays(self) -> Outcome:
         """Gives the static half: the types stand for the output's arrays."""
         return Outcome(list(self.output_types), self.layout, [], self.updates_layout)
@@ -51,6 +56,11 @@ class OpenedHandle(Protocol):
     @property
     def modules(self) -> Sequence[Any]:
         """The live modules that are opened for the call."""
+        ...
+
+    @property
+    def key(self) -> Any:
+        """How it is taken apart."""
         ...
 
     def split(self, inner: Any, functions: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
@@ -93,6 +103,11 @@ class Session:
         self.signature = Spec(
             self.variables_def, self.variables_types, tuple(inputs.differentiable), inputs.keywords, with_variables
         )
+
+    @property
+    def key(self) -> Any:
+        """What a run depends on beside the module's configuration and the arrays; hashable if the user's values are."""
+        return self.fn, self.variables_def, self._context_layout, self._ambient, self.inputs.key, self._handle.key
 
     def with_functions(self, fn: Callable[..., Any], handle: Sequence[Any], rule: Sequence[Any]) -> Session:
         """Gives this session with other functions, of the same code, in the places of the user's."""

@@ -14,7 +14,7 @@ from ._pullback import Pullback
 from ._session import Outcome, Session
 
 
-def _trace_state() -> Any:
+def trace_state() -> Any:
     """Names the trace that runs now."""
     import jax.core
     import jax.extend.core  # here, since it imports Pallas: a fifth of the time that importing crossvjp takes
@@ -35,7 +35,7 @@ class Site:
     def __init__(self, session: Session, context: Callable[[], Sequence[Any]]):
         self._session = session
         self._context = context
-        self._trace = _trace_state()
+        self._trace = trace_state()
         self.seen: Outcome | None = None
         """The last run's outcome; its arrays may belong to the trace of a loop's body."""
         self.seen_here: Outcome | None = None
@@ -65,7 +65,7 @@ class Site:
 
     def _see(self, outcome: Outcome) -> None:
         self.seen = outcome
-        if _trace_state() == self._trace:
+        if trace_state() == self._trace:
             self.seen_here = outcome
 
     def _at(self, variables: Any, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[Session, list[Any]]:

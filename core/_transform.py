@@ -30,6 +30,7 @@ from ._inputs import Handle, Inputs
 from ._own_derivative import Bars, own_pullback, place
 from ._packing import Packing
 from ._pullback import zero_of
+from ._repeats import shared
 from ._session import Outcome, Session, without_refs
 
 
@@ -68,6 +69,7 @@ def transformed_call(
     out = handle.adapter.lift(handle.opened, options.grad_vars, body)
     inputs.arrays = []
     handle.release()
+    behaviour.release()
     return out
 
 
@@ -80,10 +82,15 @@ def call_inside(
     call = _OneCall(session, behaviour, functions, optimize_remat)
     closed = functions.closures.take()
     closed += guards_of_modules(session, functions.closures, functions.around, closed)
+    groups = (list(behaviour.arrays), closed, session.variables, session.context, session.inputs.arrays)
     with hint_at_what_is_not_found(session.fn):
-        out, updates = call(list(behaviour.arrays), closed, session.variables, session.context, session.inputs.arrays)
+        alone = closed or optimize_remat
+        outcome = None if alone else shared(functions.around(session, []), behaviour, groups, call)
+        if outcome is None:
+            out, updates = call(*groups)
+            outcome = Outcome(out, call.layout, updates, call.updates_layout)
     session.release()
-    return call.layout.fill(map(_as_jax, out)), call.updates_layout.fill(map(_as_jax, updates))
+    return outcome.layout.fill(map(_as_jax, outcome.arrays)), outcome.updates_layout.fill(map(_as_jax, outcome.updates))
 
 
 class _Functions:

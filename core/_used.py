@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from ._arrays import ArrayType
+from ._programs import program_of
 
 
 def used_arguments(function: Callable[[list[Any]], list[Any]], types: Sequence[ArrayType]) -> list[bool]:
@@ -17,7 +16,7 @@ def used_arguments(function: Callable[[list[Any]], list[Any]], types: Sequence[A
         function: takes a list of arrays and returns another.
         types: those of the arguments.
     """
-    jaxpr = jax.make_jaxpr(function)([type_.aval for type_ in types]).jaxpr
+    jaxpr = program_of(function, types)
     return _live(jaxpr, [True] * len(jaxpr.outvars))
 
 

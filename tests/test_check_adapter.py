@@ -50,6 +50,7 @@ class LayerBoundary:
         self._live = list({id(leaf): leaf for leaf in leaves}.values())
         self._places = [self._live.index(leaf) for leaf in leaves]
         self._kinds = [type(layer) for layer in self._live]
+        self.static = None  # for this adapter, layers are told apart by what they compute alone
         self._counts = [layer.rng.count for layer in self._live]
         self._partition = self.partition(grad_vars)
         self.variables, self.context = self._partition.take()
@@ -167,6 +168,15 @@ class AddsTheNewCount(LayerBoundary):
     def publish(self, updates):
         pairs = zip(self._live, updates, strict=True)
         super().publish([update | {"count": layer.rng.count + update["count"]} for layer, update in pairs])
+
+
+class ForgetsAfterTwo(LayerBoundary):
+    """Publishes what the first two calls of a layer wrote."""
+
+    def publish(self, updates):
+        late = [layer.rng.count >= 2 for layer in self._live]
+        kept = zip(updates, self._counts, late, strict=True)
+        super().publish([{"count": count + 1} if is_late else update for update, count, is_late in kept])
 
 
 class CountsOn(LayerBoundary):
@@ -384,6 +394,7 @@ MISTAKES = (
     Mistake(NeverPublishes, (*TRANSPARENT, *CALLS), "Arrays are not equal|must write the same state"),
     Mistake(PublishesTwice, (TRANSPARENT[0], "a rule inside a rule"), "Arrays are not equal"),
     Mistake(AddsTheNewCount, ("two calls, one after the other",), "Arrays are not equal"),
+    Mistake(ForgetsAfterTwo, ("calls that repeat agree, compiled",), "Not equal to tolerance|Arrays are not equal"),
     Mistake(
         CountsOn,
         (*LATE, "a wrapped call agrees, compiled, under grad(jit)"),

@@ -9,7 +9,7 @@ import jax
 
 from ._compare import assert_close, assert_same_bits, numbers
 from ._one_by_one import one_by_one
-from ._report import Check
+from ._report import Check, NotApplicableError
 from ._subject import Subject
 from ._transforms import TRANSFORMS, Transform
 from ._wraps import WRAPS, arguments, call, loss_of
@@ -40,17 +40,32 @@ def _transparent(transform: Transform) -> Check:
 
 def _compiled(transform: Transform) -> Check:
     def check(subject: Subject) -> None:
-        unwrapped = transform.apply(loss_of(subject, call))(*arguments(subject))
-        dropped = jax.tree.map(lambda leaf: leaf == 0, numbers(unwrapped))
-
-        def compare(use: Use) -> None:
-            wrapped = transform.apply(loss_of(subject, use))(*arguments(subject))
-            assert_close(wrapped, unwrapped)  # compiled as wholes, the programs are fused around different residuals
-            assert_same_bits(jax.tree.map(lambda leaf: leaf == 0, numbers(wrapped)), dropped)
-
-        _under_each_wrap(compare)
+        _agree_compiled(subject, transform, lambda use: use)
 
     return Check(f"a wrapped call agrees, compiled, under {transform}", check)
+
+
+def _repeated(subject: Subject) -> None:
+    """Calls that repeat within a program share what JAX makes of the first ones."""
+    again = lambda use: lambda mdl, *args, **kwargs: [use(mdl, *args, **kwargs) for _ in range(4)]
+    transform = next(transform for transform in TRANSFORMS if transform.name == "jit(grad)")
+    try:
+        transform.apply(loss_of(subject, again(call)))(*arguments(subject))
+    except Exception as error:
+        raise NotApplicableError(f"the module itself raises {type(error).__name__}: {error}"[:200]) from error
+    _agree_compiled(subject, transform, again)
+
+
+def _agree_compiled(subject: Subject, transform: Transform, make: Callable[[Use], Use]) -> None:
+    unwrapped = transform.apply(loss_of(subject, make(call)))(*arguments(subject))
+    dropped = jax.tree.map(lambda leaf: leaf == 0, numbers(unwrapped))
+
+    def compare(use: Use) -> None:
+        wrapped = transform.apply(loss_of(subject, make(use)))(*arguments(subject))
+        assert_close(wrapped, unwrapped)  # compiled as wholes, the programs are fused around different residuals
+        assert_same_bits(jax.tree.map(lambda leaf: leaf == 0, numbers(wrapped)), dropped)
+
+    _under_each_wrap(compare)
 
 
 def _under_each_wrap(compare: Callable[[Use], None]) -> None:
@@ -69,4 +84,5 @@ def _under_each_wrap(compare: Callable[[Use], None]) -> None:
 TRANSPARENCY_CHECKS: Sequence[Check] = (
     *map(_transparent, TRANSFORMS),
     *(_compiled(transform) for transform in TRANSFORMS if transform.name != "eager"),
+    Check("calls that repeat agree, compiled", _repeated),
 )

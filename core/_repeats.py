@@ -1,0 +1,181 @@
+"""Calls that repeat within one trace: the second becomes a program, which those after it share.
+
+A model calls the same kind of layer again and again. What JAX makes of a call under a rule (the derivative of the
+module, its transpose, what is kept between the passes) is the same for all calls that compute the same, so it is
+made once, and `jax.jit` keeps it with the program. Only what the module computes is traced each time, and compared:
+so whatever a module reads of its surroundings is seen, and its names, counters and state are its own. The rule is
+not run again if it stands on a module that is configured like the one before, since rules are pure as all functions
+are that JAX transforms; where no more is known of the module, as in Haiku, or the function is another one, what the
+rule computes is traced and compared, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from ._arrays import ArrayType, is_ref
+from ._behaviour import Behaviour, Primals, is_coming, run_alone
+from ._closures import name_of
+from ._programs import is_closed, program_of, same_program
+from ._session import Outcome, Session
+from ._site import trace_state
+
+Run = Callable[..., tuple[list[Any], list[Any]]]
+
+_TRACES = 8  # how many are remembered: functions under `jax.jit` call one another, and come back
+_SPARE_MISSES = 2  # how many calls more may be compared in vain than with success
+
+
+def shared(session: Session, behaviour: Behaviour, groups: Sequence[Sequence[Any]], call: Run) -> Outcome | None:
+    """Makes a call by the program of equal ones that came before it in this trace.
+
+    Args:
+        session: the call.
+        behaviour: its rule.
+        groups: its arguments as `call` takes them: the rule's own arrays, values of closures (there are none),
+            variables, context and inputs.
+        call: gives the arrays of the output and of the updates.
+
+    Returns:
+        The outcome; `None` if the call has to be made by itself.
+    """
+    arrays = [array for group in groups for array in group]
+    if is_coming() or not _in_program(arrays) or any(map(is_ref, arrays)):
+        return None
+    kind = _kind(session, behaviour, arrays)
+    if kind is None or kind.misses > kind.hits + _SPARE_MISSES:
+        return None
+    traced = _Traced.of(session, behaviour, groups, with_backward=kind.compares_backward)
+    found = None if traced is None else next((known for known in kind.known if traced.is_like(known)), None)
+    if traced is None or (found is None and kind.known):
+        kind.misses += 1
+        kind.known += [] if traced is None else [traced]
+        return None
+    if found is None:  # where calls are of one kind, they mostly are the same
+        found = traced
+        kind.known.append(found)
+    kind.hits += 1
+    if found.run is None:
+        found.run = _as_program(call, list(map(len, groups)), name_of(session.fn))
+    out, updates = found.run(*arrays)
+    return dataclasses.replace(traced.outcome, arrays=out, updates=updates)
+
+
+@dataclasses.dataclass
+class _Kind:
+    """Calls of one kind in one trace: of the same rule and types."""
+
+    compares_backward: bool
+    known: list[_Traced] = dataclasses.field(default_factory=list)
+    hits: int = 0
+    misses: int = 0
+
+
+@dataclasses.dataclass
+class _Traced:
+    """What one call computes: the module, and the rule too where it is compared."""
+
+    outcome: Outcome
+    program: Any
+    run: Run | None = None
+
+    @staticmethod
+    def of(
+        session: Session, behaviour: Behaviour, groups: Sequence[Sequence[Any]], *, with_backward: bool
+    ) -> _Traced | None:
+        """Traces it; `None` where that does not work, or a program does more than return its results."""
+        own, _, *others = groups
+        cell: list[Outcome] = []
+
+        def run(leaves: list[Any]) -> list[Any]:
+            rest = iter(leaves)
+            primals = Primals(*([next(rest) for _ in group] for group in (own, *others)))
+            outcome = run_alone(session, primals)
+            results = behaviour.formal_backward(session, primals, outcome) if with_backward else []
+            if results is not None:
+                cell.append(outcome.with_types())
+            return [*outcome.arrays, *outcome.updates, *(results or ())]
+
+        try:
+            program = program_of(run, [ArrayType.of(array) for group in (own, *others) for array in group])
+        except Exception:  # the call itself shows what is wrong
+            return None
+        return _Traced(cell[0], program) if cell and is_closed(program) else None
+
+    def is_like(self, other: _Traced) -> bool:
+        """Says whether another call computes the same."""
+        return (
+            self.outcome.layout == other.outcome.layout
+            and self.outcome.updates_layout == other.outcome.updates_layout
+            and same_program(self.program, other.program)
+        )
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.kinds: list[tuple[Any, dict[Hashable, _Kind | None]]] = []
+
+
+_thread = _Thread()
+
+
+def _kinds() -> dict[Hashable, _Kind | None]:
+    """Gives those of the current trace."""
+    state = trace_state()
+    for known, kinds in reversed(_thread.kinds):
+        if known == state:
+            return kinds
+    _thread.kinds = [*_thread.kinds[1 - _TRACES :], (state, {})]
+    return _thread.kinds[-1][1]
+
+
+def _kind(session: Session, behaviour: Behaviour, arrays: Sequence[Any]) -> _Kind | None:
+    """Finds a call's kind; `None` for a first call, since many calls have no second."""
+    if behaviour.key is None:
+        return None
+    types = tuple(map(jax.typeof, arrays))
+    # Third parties' boundaries may not say what they are.
+    static = getattr(session.boundary, "static", None)
+    configured = None if static is None else (behaviour.key, types, session.key, static)
+    computing = (behaviour.key, types, session.inputs.key) if behaviour.can_be_compared else None
+    kinds, found = _kinds(), None
+    for key, compares_backward in ((configured, False), (computing, True)):
+        try:
+            known = key is not None and key in kinds
+        except TypeError:  # something in it has no hash
+            continue
+        if known and found is None:
+            found = kinds[key] = kinds[key] or _Kind(compares_backward)
+        elif key is not None:
+            kinds.setdefault(key, None)
+    return found
+
+
+def _as_program(call: Run, lengths: Sequence[int], name: str) -> Run:
+    def flat(*arrays: Any) -> tuple[list[Any], list[Any]]:
+        rest = iter(arrays)
+        return call(*([next(rest) for _ in range(length)] for length in lengths))
+
+    flat.__name__ = name
+    return jax.jit(flat)
+
+
+def _in_program(arrays: Sequence[Any]) -> bool:
+    """Says whether a call becomes part of a program, as under `jax.jit`, and is not computed at once."""
+    return any(map(_is_staged, arrays))
+
+
+def _is_staged(array: Any) -> bool:
+    # What `jax.grad` and `jax.vmap` hand over stands for a value of the trace around them.
+    while isinstance(array, Tracer):
+        inner = getattr(array, "primal", getattr(array, "val", None))
+        if not hasattr(inner, "dtype"):
+            return True
+        array = inner
+    return False
