@@ -44,7 +44,7 @@ def test_a_rule_has_the_collectives_that_it_has_by_hand(collectives, framework, 
 
 
 def test_each_kind_is_counted(collectives):
-    mesh = jax.make_mesh((8,), ("devices",))
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
     rows, whole = NamedSharding(mesh, P("devices")), NamedSharding(mesh, P())
     x = jax.device_put(jnp.ones((8, 8)), rows)
     counted = lambda run, out: collectives.count(jax.jit(run, out_shardings=out).lower(x).compile().as_text())
