@@ -22,7 +22,7 @@ from crossvjp.adapters._linen_host import LinenHosting
 from crossvjp.adapters._linen_migration import LinenMigration
 from crossvjp.adapters._linen_models import LinenModels
 from crossvjp.adapters._linen_modules import Ambient, ClosedScopes, OpenedModule, ScopeFacts, spend
-from crossvjp.extend import Body, Partition, Predicate, predicate, run_and_publish, unknown_choice
+from crossvjp.extend import Body, Partition, Predicate, at_once, predicate, run_and_publish, unknown_choice
 
 _NESTED = (dict, FrozenDict)
 
@@ -44,8 +44,6 @@ class LinenBoundary:
         self._counters = [_copied(root.rng_counters) for root in self._live]
         self._ambient = Ambient.current()
         self._closed = ClosedScopes(self._live)
-        configured = [module.static for module in self._modules]
-        self.static = None if None in configured else (tuple(configured), self._treedef, self._ambient)
 
         def named(word: Any) -> Predicate:
             try:
@@ -62,6 +60,11 @@ class LinenBoundary:
         variables, rest = self._partition.take()
         self.variables = {name: held for name, held in variables.items() if jax.tree.leaves(held)}
         self.context = (rest, [dict(root.rngs) for root in self._live])
+
+    @property
+    def static(self) -> Any:
+        configured = [module.static for module in self._modules]
+        return None if None in configured else (tuple(configured), self._treedef, self._ambient)
 
     def call(self, fn: Callable[..., Any], variables: Any, context: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         arrays, rngs = context
@@ -102,7 +105,7 @@ class LinenBoundary:
     def _release(self) -> None:
         """Lets go of the live scopes and modules, for JAX keeps the boundary for late runs."""
         self._live = []
-        self._modules = [module.detached() for module in self._modules]
+        self._modules = [] if at_once() else [module.detached() for module in self._modules]
 
     def closed(self) -> contextlib.AbstractContextManager[None]:
         return self._closed.refused()

@@ -26,12 +26,14 @@ class Boundary(Protocol):
     context: PyTree
     """Everything else that a call may read: other collections, state, RNG keys and counters."""
 
-    static: Any
-    """What the module is apart from its arrays, hashable: boundaries with equal ones make the same of equal arrays.
+    @property
+    def static(self) -> Any:
+        """What the module is apart from its arrays, hashable: boundaries with equal ones make the same of equal arrays.
 
-    Calls that repeat then share what JAX makes of their rule. `None` where it can't be said. What each call computes
-    is compared in any case.
-    """
+        Calls that repeat then share what JAX makes of their rule. `None` where it can't be said. What each call
+        computes is compared in any case.
+        """
+        ...
 
     def call(
         self, fn: Callable[..., Any], variables: PyTree, context: PyTree, *args: Any, **kwargs: Any

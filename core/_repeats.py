@@ -24,7 +24,7 @@ from ._behaviour import Behaviour, Primals, is_coming, run_alone
 from ._closures import name_of
 from ._programs import is_closed, program_of, same_program
 from ._session import Outcome, Session
-from ._site import trace_state
+from ._traces import trace_state
 
 Run = Callable[..., tuple[list[Any], list[Any]]]
 

@@ -12,16 +12,7 @@ from ._errors import ArgumentError
 from ._inputs import Inputs
 from ._pullback import Pullback
 from ._session import Outcome, Session
-
-
-def trace_state() -> Any:
-    """Names the trace that runs now."""
-    import jax.core
-    import jax.extend.core  # here, since it imports Pallas: a fifth of the time that importing crossvjp takes
-
-    # Older versions of JAX have it elsewhere.
-    state = getattr(jax.extend.core, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state
-    return state(convention="flax")
+from ._traces import trace_state
 
 
 class Site:

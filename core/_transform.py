@@ -32,6 +32,7 @@ from ._packing import Packing
 from ._pullback import zero_of
 from ._repeats import shared
 from ._session import Outcome, Session, without_refs
+from ._traces import at_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,10 @@ def transformed_call(
     inputs = Inputs(fn, args, kwargs, options.nondiff_argnums, handle.held)
 
     def body(boundary: Any) -> tuple[Any, Any]:
-        return call_inside(Session(boundary, handle, inputs, fn), behaviour, handle.functions, options.optimize_remat)
+        session = Session(boundary, handle, inputs, fn)
+        if not is_coming() and at_once():
+            return _run_as_it_is(session, behaviour, handle.functions)
+        return call_inside(session, behaviour, handle.functions, options.optimize_remat)
 
     out = handle.adapter.lift(handle.opened, options.grad_vars, body)
     inputs.arrays = []
@@ -89,6 +93,18 @@ def call_inside(
         if outcome is None:
             out, updates = call(*groups)
             outcome = Outcome(out, call.layout, updates, call.updates_layout)
+    session.release()
+    return outcome.layout.fill(map(_as_jax, outcome.arrays)), outcome.updates_layout.fill(map(_as_jax, outcome.updates))
+
+
+def _run_as_it_is(session: Session, behaviour: Behaviour, handle_functions: Sequence[Any]) -> tuple[Any, Any]:
+    """Makes a call that nothing differentiates, for it is part of no trace."""
+    behaviour.check(session)
+    rule = (*behaviour.forward_functions, *behaviour.backward_functions)
+    session = session.with_functions(session.fn, handle_functions, rule)
+    groups = (list(behaviour.arrays), session.variables, session.context, session.inputs.arrays)
+    with hint_at_what_is_not_found(session.fn):
+        outcome = behaviour.run(session, Primals(*groups))
     session.release()
     return outcome.layout.fill(map(_as_jax, outcome.arrays)), outcome.updates_layout.fill(map(_as_jax, outcome.updates))
 

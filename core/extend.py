@@ -48,3 +48,4 @@ from ._sites import types_of as types_of
 from ._subclass import named_like as named_like
 from ._subclass import public_methods as public_methods
 from ._subclass import subclass as subclass
+from ._traces import at_once as at_once
