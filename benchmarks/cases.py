@@ -13,8 +13,10 @@ import jax.numpy as jnp
 
 import crossvjp as cv
 
-Layer: TypeAlias = Literal["dense", "block"]
-"""`block` is Dense, BatchNorm and Dropout: parameters, state and a key. It stands alone; Dense may be stacked."""
+Layer: TypeAlias = Literal["dense", "block", "transformer", "residual"]
+"""What one wrapped call runs: `dense` has parameters alone; `block` (Dense, BatchNorm, Dropout) state and a key, too;
+`transformer` (self-attention and a network of two layers, each with LayerNorm and Dropout, and skipped) a key;
+`residual` (two 3x3 convolutions with BatchNorm, skipped) state."""
 
 Variant: TypeAlias = Literal["plain", "by hand", "own", "rule", "custom_vjp"]
 """No rule; `jax.custom_vjp` over explicit parameters; the framework's own transform; ours, in both forms."""
@@ -27,13 +29,30 @@ WITHOUT_OWN = ("plain JAX", "Haiku")  # in plain JAX it is the rule by hand; Hai
 LAYERS: tuple[Layer, ...] = get_args(Layer)
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 OURS: tuple[Variant, ...] = ("rule", "custom_vjp")
-BATCH, WIDTH, DROPOUT, MOMENTUM = 64, 128, 0.1, 0.9
+TITLES: dict[Layer, str] = {
+    "dense": "Dense",
+    "block": "Dense, BatchNorm, Dropout",
+    "transformer": "transformer block with dropout",
+    "residual": "ResNet block with batch norm",
+}
+BATCH, WIDTH = 64, 128  # of dense and block
+LENGTH, FEATURES, HEADS = 16, 32, 2  # of transformer
+CHANNELS = 8  # of residual, and as many rows and columns: so Equinox's order of the axes needs no transposing
+SMALL_BATCH = 4  # of both
+DROPOUT, MOMENTUM, EPSILON = 0.1, 0.9, 1e-5
+SHAPES: dict[Layer, tuple[int, ...]] = {
+    "dense": (BATCH, WIDTH),
+    "block": (BATCH, WIDTH),
+    "transformer": (SMALL_BATCH, LENGTH, FEATURES),
+    "residual": (SMALL_BATCH, CHANNELS, CHANNELS, CHANNELS),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A model as a pure function, and its arguments."""
 
+    layer: Layer
     apply: Apply
     params: Any
     rest: Any
@@ -41,7 +60,7 @@ class Case:
     @property
     def arguments(self) -> tuple[Any, Any, Any]:
         """What `apply` is called with: parameters, rest and a batch of inputs."""
-        return self.params, self.rest, some_input()
+        return self.params, self.rest, some_input(self.layer)
 
     def loss(self, params: Any, rest: Any, x: Any) -> tuple[Any, Any]:
         """Scores the output; the new rest goes along."""
@@ -60,9 +79,9 @@ def build(framework: str, layer: Layer, variant: Variant, depth: int = 1) -> Cas
     return importlib.import_module(f"benchmarks.with_{FRAMEWORKS[framework]}").case(layer, variant, depth)
 
 
-def activate(y: jax.Array) -> jax.Array:
-    """Stands between two layers."""
-    return jnp.tanh(y)
+def activate(layer: Layer, y: jax.Array) -> jax.Array:
+    """Stands between two layers; blocks with a skip follow one another as they are."""
+    return jnp.tanh(y) if layer in ("dense", "block") else y
 
 
 def score(y: jax.Array) -> jax.Array:
@@ -70,18 +89,24 @@ def score(y: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(y))
 
 
-def some_input() -> jax.Array:
+@functools.cache  # who empties JAX's caches would compile it anew each time
+def some_input(layer: Layer) -> jax.Array:
     """Makes a batch of inputs."""
-    return jax.random.normal(jax.random.key(0), (BATCH, WIDTH))
+    return jax.random.normal(jax.random.key(0), SHAPES[layer])
 
 
-def chain(calls: list[Apply], params: Any, rests: Any, x: Any) -> tuple[Any, list[Any]]:
+def stack(layer: Layer, calls: list[Apply], params: Any, rests: Any) -> Case:
+    """Makes a model of layers that are pure functions, each with its own parameters and rest."""
+    return Case(layer, functools.partial(chain, layer, calls), params, rests)
+
+
+def chain(layer: Layer, calls: list[Apply], params: Any, rests: Any, x: Any) -> tuple[Any, list[Any]]:
     """Applies layer after layer."""
     new_rests = []
     for index, (call, own, rest) in enumerate(zip(calls, params, rests, strict=True)):
         y, new_rest = call(own, rest, x)
         new_rests.append(new_rest)
-        x = activate(y) if index + 1 < len(calls) else y
+        x = activate(layer, y) if index + 1 < len(calls) else y
     return x, new_rests
 
 

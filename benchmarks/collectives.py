@@ -12,12 +12,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.table import Table
 
-from benchmarks.cases import FRAMEWORKS, LAYERS, OURS, Layer, Variant, build, variants
+from benchmarks.cases import FRAMEWORKS, OURS, Layer, Variant, build, variants
 
 Placement: TypeAlias = Literal["data", "tensor"]
 """The batch is cut, and the parameters are everywhere; or the parameters are, along their last axis."""
 
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+LAYERS: tuple[Layer, ...] = ("dense", "block")  # whose axes eight devices can cut
+COLUMNS = [(layer, placement) for layer in LAYERS for placement in PLACEMENTS]
 DEVICES = 8
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _STARTED = re.compile(rf" ({'|'.join(KINDS)})(?:-start)?\(")
@@ -63,27 +65,26 @@ def _placed(leaf: Any, mesh: Mesh, spec: P) -> Any:
     return jax.device_put(leaf, NamedSharding(mesh, spec))
 
 
-def table() -> tuple[Table, bool]:
-    """Compares all variants with the rule written by hand.
+def differing(framework: str) -> int:
+    """Counts the programs of ours whose collectives are not those of the rule by hand, kind by kind."""
+    return sum(
+        collectives(framework, layer, variant, placement) != collectives(framework, layer, "by hand", placement)
+        for layer, placement in COLUMNS
+        for variant in OURS
+    )
 
-    Returns:
-        The table, and whether ours have the collectives of the rule by hand, kind by kind.
-    """
+
+def table() -> Table:
+    """Compares all variants with the rule written by hand."""
     made = Table("framework", "variant", title="Collectives", caption=_CAPTION)
-    columns = [(layer, placement) for layer in LAYERS for placement in PLACEMENTS]
-    for layer, placement in columns:
+    for layer, placement in COLUMNS:
         made.add_column(f"{layer}\n{placement}", no_wrap=True)
-    made.add_column("as by\nhand", no_wrap=True)
-    passed = True
     for framework in FRAMEWORKS:
         for variant in variants(framework):
-            found = [collectives(framework, layer, variant, placement) for layer, placement in columns]
-            by_hand = [collectives(framework, layer, "by hand", placement) for layer, placement in columns]
-            mark = ("[green]PASS" if found == by_hand else "[bold red]FALLS SHORT") if variant in OURS else ""
-            passed = passed and (found == by_hand or variant not in OURS)
-            made.add_row(framework, variant, *map(_shown, found), mark)
+            found = [collectives(framework, layer, variant, placement) for layer, placement in COLUMNS]
+            made.add_row(framework, variant, *map(_shown, found))
         made.add_section()
-    return made, passed
+    return made
 
 
 def _shown(found: dict[str, int]) -> str:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from benchmarks.cases import FRAMEWORKS, OURS, Case, Layer, Variant, activate, build, score, variants
+from benchmarks.cases import FRAMEWORKS, OURS, TITLES, Case, Layer, Variant, activate, build, score, variants
 
 SCANNED = 4
 
@@ -44,7 +44,7 @@ def scan(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     def loss(params: Any, rest: Any, x: Any) -> Any:
         def body(x: Any, own: Any) -> Any:
             y, new_rest = case.apply(own, rest, x)
-            return activate(y), new_rest
+            return activate(case.layer, y), new_rest
 
         y, new_rests = jax.lax.scan(body, x, params)
         return score(y), new_rests
@@ -62,14 +62,14 @@ def forward(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 
 PROGRAMS = {program.__name__: program for program in (grad, value_and_grad, scan, forward)}
-MARKED = ("grad", "value_and_grad", "scan")
-_COLUMNS = [
-    ("grad", "arguments"),
-    *((program, measure) for program in MARKED for measure in ("flops", "accessed", "temporary")),
-    ("forward", "outputs"),
-]
+MARKED: dict[Layer, tuple[str, ...]] = {  # of a transformer, a program takes seconds to compile
+    "dense": ("grad", "value_and_grad", "scan"),
+    "block": ("grad", "value_and_grad", "scan"),
+    "transformer": ("grad", "value_and_grad"),
+    "residual": ("grad", "value_and_grad"),
+}
+WITH_FORWARD: tuple[Layer, ...] = ("dense", "block")
 _SHORT = {"flops": "flops", "accessed": "bytes", "temporary": "temp", "arguments": "args", "outputs": "out"}
-_TITLES = {"dense": "Dense", "block": "Dense, BatchNorm, Dropout: parameters, state and a key"}
 _CAPTION = (
     "By hand: numbers of XLA, in thousands (k) and millions (M). Other rows: ratios to them; 1.00 is exact equality.\n"
     "bytes: accessed. temp, args, out: bytes of memory for temporaries, arguments, outputs.\n"
@@ -79,9 +79,9 @@ _CAPTION = (
 
 
 @functools.cache
-def cost(framework: str, layer: Layer, variant: Variant, program: str) -> Cost:
+def cost(framework: str, layer: Layer, variant: Variant, program: str, depth: int = 1) -> Cost:
     """Compiles one program of one variant."""
-    function, arguments = PROGRAMS[program](build(framework, layer, variant))
+    function, arguments = PROGRAMS[program](build(framework, layer, variant, depth))
     compiled = jax.jit(function).lower(*arguments).compile()
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     if analysis is None or memory is None:
@@ -95,40 +95,48 @@ def cost(framework: str, layer: Layer, variant: Variant, program: str) -> Cost:
     )
 
 
-def table(layer: Layer) -> tuple[Table, bool]:
-    """Compares all variants with the rule written by hand.
+def farthest(framework: str, layer: Layer) -> float:
+    """Gives the ratio to the rule by hand that is farthest from 1, of all that is measured of the marked programs."""
+    ratios = [
+        _ratio(getattr(ours, field.name), getattr(by_hand, field.name))
+        for program in MARKED[layer]
+        for by_hand in [cost(framework, layer, "by hand", program)]
+        for ours in [cost(framework, layer, variant, program) for variant in OURS]
+        for field in dataclasses.fields(Cost)
+    ]
+    return max(ratios, key=lambda ratio: abs(ratio - 1))
 
-    Returns:
-        The table, and whether ours cost what the rule by hand does, exactly.
-    """
-    made = Table(title=f"Compiled: {_TITLES[layer]}", caption=_CAPTION)
+
+def table(layer: Layer) -> Table:
+    """Compares all variants with the rule written by hand."""
+    made = Table(title=f"Compiled: {TITLES[layer]}", caption=_CAPTION)
     made.add_column("framework", no_wrap=True)
     made.add_column("variant", no_wrap=True)
-    for program, measure in _COLUMNS:
+    columns = _columns(layer)
+    for program, measure in columns:
         made.add_column(
             f"{program}\n{_SHORT[measure]}".replace("value_and_grad", "v_and_g"), justify="right", no_wrap=True
         )
-    made.add_column("as by\nhand", no_wrap=True)
-    passed = True
     for framework in FRAMEWORKS:
         for variant in variants(framework):
-            equal = all(
-                cost(framework, layer, variant, program) == cost(framework, layer, "by hand", program)
-                for program in MARKED
-            )
-            mark = ("[green]PASS" if equal else "[bold red]FALLS SHORT") if variant in OURS else ""
-            made.add_row(framework, variant, *_cells(framework, layer, variant), mark)
-            passed = passed and (equal or variant not in OURS)
+            cells = [_cell(framework, layer, variant, program, measure) for program, measure in columns]
+            made.add_row(framework, variant, *cells)
         made.add_section()
-    return made, passed
+    return made
 
 
-def _cells(framework: str, layer: Layer, variant: Variant) -> list[str]:
-    cells = []
-    for program, measure in _COLUMNS:
-        value, by_hand = (getattr(cost(framework, layer, each, program), measure) for each in (variant, "by hand"))
-        if variant == "by hand":
-            cells.append(f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.1f}k")
-        else:
-            cells.append("1.00" if value == by_hand else f"{value / by_hand:.4f}" if by_hand else f"+{value:.0f}")
-    return cells
+def _columns(layer: Layer) -> list[tuple[str, str]]:
+    marked = [(program, measure) for program in MARKED[layer] for measure in ("flops", "accessed", "temporary")]
+    return [("grad", "arguments"), *marked, *([("forward", "outputs")] if layer in WITH_FORWARD else [])]
+
+
+def _cell(framework: str, layer: Layer, variant: Variant, program: str, measure: str) -> str:
+    value, by_hand = (getattr(cost(framework, layer, each, program), measure) for each in (variant, "by hand"))
+    if variant == "by hand":
+        return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.1f}k"
+    ratio = _ratio(value, by_hand)
+    return "1.00" if ratio == 1 else f"{ratio:.4f}" if ratio < float("inf") else f"+{value:.0f}"
+
+
+def _ratio(value: float, by_hand: float) -> float:
+    return 1.0 if value == by_hand else value / by_hand if by_hand else float("inf")

@@ -9,7 +9,10 @@ import haiku as hk
 import jax
 
 from benchmarks.cases import (
+    CHANNELS,
     DROPOUT,
+    FEATURES,
+    HEADS,
     MOMENTUM,
     WIDTH,
     Apply,
@@ -18,9 +21,9 @@ from benchmarks.cases import (
     Variant,
     activate,
     by_hand,
-    chain,
     lifted,
     some_input,
+    stack,
 )
 
 
@@ -29,34 +32,75 @@ class Block(hk.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the three."""
-        norm = hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=MOMENTUM)
-        y = norm(hk.Linear(WIDTH)(x), is_training=True)
-        return hk.dropout(hk.next_rng_key(), DROPOUT, y)
+        return hk.dropout(hk.next_rng_key(), DROPOUT, _batch_norm(hk.Linear(WIDTH)(x)))
+
+
+class Transformer(hk.Module):
+    """Self-attention and a network of two layers, each after LayerNorm, with dropout, and skipped."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies both."""
+        y = _layer_norm(x)
+        initial = hk.initializers.VarianceScaling()
+        y = hk.MultiHeadAttention(HEADS, FEATURES // HEADS, w_init=initial, model_size=FEATURES)(y, y, y)
+        x = x + hk.dropout(hk.next_rng_key(), DROPOUT, y)
+        y = hk.Linear(FEATURES)(jax.nn.gelu(hk.Linear(4 * FEATURES)(_layer_norm(x))))
+        return x + hk.dropout(hk.next_rng_key(), DROPOUT, y)
+
+
+class Residual(hk.Module):
+    """Two convolutions with BatchNorm, skipped."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies both."""
+        y = _batch_norm(hk.Conv2D(CHANNELS, 3)(x))
+        y = _batch_norm(hk.Conv2D(CHANNELS, 3)(jax.nn.relu(y)))
+        return jax.nn.relu(x + y)
+
+
+def _batch_norm(x: jax.Array) -> jax.Array:
+    return hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=MOMENTUM)(x, is_training=True)
+
+
+def _layer_norm(x: jax.Array) -> jax.Array:
+    return hk.LayerNorm(-1, create_scale=True, create_offset=True)(x)
+
+
+def _linear() -> hk.Module:
+    return hk.Linear(WIDTH)
+
+
+LAYERS: dict[Layer, Callable[[], Any]] = {
+    "dense": _linear,
+    "block": Block,
+    "transformer": Transformer,
+    "residual": Residual,
+}
 
 
 def case(layer: Layer, variant: Variant, depth: int) -> Case:
     """Builds the model of `depth` layers under one variant of the rule."""
-    make: Callable[..., Any] = Block if layer == "block" else _linear
+    make = LAYERS[layer]
     if variant == "by hand":
         transformed = hk.transform_with_state(lambda x: make()(x))
-        call = by_hand(_apply(transformed))
-        params, rests = zip(*(_init(transformed) for _ in range(depth)), strict=True)
-        return Case(lambda params, rests, x: chain([call] * depth, params, rests, x), params, rests)
+        params, rest = _init(layer, transformed)
+        return stack(layer, [by_hand(_apply(transformed))] * depth, [params] * depth, [rest] * depth)
     call = lifted(_call, variant)
 
     def forward(x: jax.Array) -> jax.Array:
         for index in range(depth):
             y = call(make(), x)
-            x = activate(y) if index + 1 < depth else y
+            x = activate(layer, y) if index + 1 < depth else y
         return x
 
     transformed = hk.transform_with_state(forward)
-    return Case(_apply(transformed), *_init(transformed))
+    return Case(layer, _apply(transformed), *_init(layer, transformed))
 
 
-def _init(transformed: hk.TransformedWithState) -> tuple[Any, Any]:
-    params, state = transformed.init(jax.random.key(0), some_input())
-    return params, (state, jax.random.key(1)) if state else None
+def _init(layer: Layer, transformed: hk.TransformedWithState) -> tuple[Any, Any]:
+    params, state = transformed.init(jax.random.key(0), some_input(layer))
+    key = jax.random.key(1) if layer in ("block", "transformer") else None
+    return params, None if layer == "dense" else (state, key)
 
 
 def _apply(transformed: hk.TransformedWithState) -> Apply:
@@ -65,10 +109,6 @@ def _apply(transformed: hk.TransformedWithState) -> Apply:
         return transformed.apply(params, state, key, x)
 
     return apply
-
-
-def _linear() -> hk.Module:
-    return hk.Linear(WIDTH)
 
 
 def _call(mdl: Any, x: jax.Array) -> jax.Array:

@@ -9,7 +9,10 @@ import jax
 from flax import linen as nn
 
 from benchmarks.cases import (
+    CHANNELS,
     DROPOUT,
+    FEATURES,
+    HEADS,
     MOMENTUM,
     WIDTH,
     Apply,
@@ -18,10 +21,10 @@ from benchmarks.cases import (
     Variant,
     activate,
     by_hand,
-    chain,
     lifted,
     sign,
     some_input,
+    stack,
 )
 
 
@@ -35,10 +38,33 @@ class Block(nn.Module):
         return nn.Dropout(DROPOUT, deterministic=False)(y)
 
 
+class Transformer(nn.Module):
+    """Self-attention and a network of two layers, each after LayerNorm, with Dropout, and skipped."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies both."""
+        y = nn.MultiHeadDotProductAttention(HEADS)(nn.LayerNorm()(x))
+        x = x + nn.Dropout(DROPOUT, deterministic=False)(y)
+        y = nn.Dense(FEATURES)(nn.gelu(nn.Dense(4 * FEATURES)(nn.LayerNorm()(x))))
+        return x + nn.Dropout(DROPOUT, deterministic=False)(y)
+
+
+class Residual(nn.Module):
+    """Two convolutions with BatchNorm, skipped."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies both."""
+        y = nn.BatchNorm(use_running_average=False, momentum=MOMENTUM)(nn.Conv(CHANNELS, (3, 3))(x))
+        y = nn.BatchNorm(use_running_average=False, momentum=MOMENTUM)(nn.Conv(CHANNELS, (3, 3))(nn.relu(y)))
+        return nn.relu(x + y)
+
+
 class Stack(nn.Module):
     """Layers, each called through `call`."""
 
-    layer: Callable[..., nn.Module]
+    layer: Layer
     call: Callable[[nn.Module, jax.Array], jax.Array]
     depth: int
 
@@ -46,26 +72,24 @@ class Stack(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies all layers."""
         for index in range(self.depth):
-            y = self.call(self.layer(), x)
-            x = activate(y) if index + 1 < self.depth else y
+            y = self.call(LAYERS[self.layer](), x)
+            x = activate(self.layer, y) if index + 1 < self.depth else y
         return x
 
 
 def case(layer: Layer, variant: Variant, depth: int) -> Case:
     """Builds the model of `depth` layers under one variant of the rule."""
-    make = Block if layer == "block" else _dense
-    if variant != "by hand":
-        stack = Stack(make, _lifted(variant), depth)
-        return Case(_apply(stack), *_init(Stack(make, _call, depth)))
-    call = by_hand(_apply(make()))
-    params, rests = zip(*(_init(make()) for _ in range(depth)), strict=True)
-    return Case(lambda params, rests, x: chain([call] * depth, params, rests, x), params, rests)
+    if variant == "by hand":
+        module = LAYERS[layer]()
+        params, rest = _init(layer, module)
+        return stack(layer, [by_hand(_apply(module))] * depth, [params] * depth, [rest] * depth)
+    return Case(layer, _apply(Stack(layer, _lifted(variant), depth)), *_init(layer, Stack(layer, _call, depth)))
 
 
-def _init(module: nn.Module) -> tuple[Any, Any]:
-    variables = module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, some_input())
-    stats = variables.get("batch_stats")
-    return variables["params"], None if stats is None else (stats, jax.random.key(1))
+def _init(layer: Layer, module: nn.Module) -> tuple[Any, Any]:
+    variables = module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, some_input(layer))
+    key = jax.random.key(1) if layer in ("block", "transformer") else None
+    return variables["params"], None if layer == "dense" else (variables.get("batch_stats", {}), key)
 
 
 def _apply(module: nn.Module) -> Apply:
@@ -73,16 +97,23 @@ def _apply(module: nn.Module) -> Apply:
         if rest is None:
             return module.apply({"params": params}, x), None
         stats, key = rest
-        y, updates = module.apply(
-            {"params": params, "batch_stats": stats}, x, rngs={"dropout": key}, mutable=["batch_stats"]
-        )
-        return y, updates["batch_stats"]
+        rngs = {} if key is None else {"dropout": key}
+        y, updates = module.apply({"params": params, "batch_stats": stats}, x, rngs=rngs, mutable=["batch_stats"])
+        return y, updates.get("batch_stats", {})
 
     return apply
 
 
 def _dense() -> nn.Module:
     return nn.Dense(WIDTH)
+
+
+LAYERS: dict[Layer, Callable[[], nn.Module]] = {
+    "dense": _dense,
+    "block": Block,
+    "transformer": Transformer,
+    "residual": Residual,
+}
 
 
 def _call(mdl: Any, x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from helpers import is_coming
 from hosts import HOSTS, the_input
 
 import crossvjp as cv
+from crossvjp import _traces
 from crossvjp._traces import at_once
 
 TRANSFORMS: dict[str, Any] = {
@@ -42,6 +43,18 @@ def test_a_transform_is_a_trace(transform):
     assert not any(seen)
     look(jnp.ones(3))
     assert seen[-1]
+
+
+def test_the_first_question_may_come_from_inside_of_a_trace():
+    seen = []
+
+    def look(x):
+        _traces._outside.cache_clear()
+        seen.append(at_once())
+        return x
+
+    jax.jit(look)(1.0)
+    assert [*seen, at_once()] == [False, True]
 
 
 def test_another_thread_is_not_in_the_trace():

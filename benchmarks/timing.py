@@ -1,0 +1,73 @@
+"""Seconds of runs that take turns, so that a slow moment hits all of them alike, and what is made of these."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from benchmarks.cases import Variant
+
+Samples: TypeAlias = Mapping[Variant, list[float]]
+"""Seconds of each turn, by variant."""
+
+wall = time.perf_counter
+# Tracing is one thread's work; its own clock leaves out what else the machine does.
+own_thread = time.thread_time
+
+
+def seconds(run: Callable[[], Any], clock: Callable[[], float]) -> tuple[float, Any]:
+    """Times one run; gives its result, too."""
+    gc.disable()  # as timeit does: one collection of all of JAX's objects takes as long as a trace
+    try:
+        start = clock()
+        result = run()
+        return clock() - start, result
+    finally:
+        gc.enable()
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Lets the garbage collector pass over what is there now; else it looks through all models before each run."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def interleaved(runs: Mapping[Variant, Callable[[], float]], rounds: int, warm: bool = True) -> Samples:
+    """Takes turns; the first turn, in which things are imported and compiled, does not count if `warm`."""
+    found: dict[Variant, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + warm):
+        for name, run in runs.items():
+            one = run()
+            if turn >= warm:
+                found[name].append(one)
+    return found
+
+
+def ratio(samples: Samples, of: Variant, to: Variant) -> float:
+    """Gives the median of the ratios within each turn, which leaves out what slows a whole turn down."""
+    return statistics.median(one / other for one, other in zip(samples[of], samples[to], strict=True))
+
+
+def spread(values: list[float]) -> float:
+    """Gives half the distance between the quartiles, of the median; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2 / statistics.median(values)
+
+
+def shown(samples: Samples, of: Variant, to: Variant) -> str:
+    """Writes the median in milliseconds, its spread in percent and the ratio to another."""
+    values = samples[of]
+    median = 1e3 * statistics.median(values)
+    digits = 0 if median >= 100 else 1 if median >= 10 else 2
+    return f"{median:.{digits}f} ±{100 * spread(values):.0f}% {ratio(samples, of, to):5.2f}"
