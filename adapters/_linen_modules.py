@@ -37,14 +37,13 @@ class OpenedModule:
 
     @property
     def static(self) -> Any:
-        """The module's class and its fields but for its place in the model; `None` for a scope."""
+        """The module's class and its fields but for its place in the model; `None` for a scope, or arrays in them."""
         if isinstance(self.handle, Scope):
             return None
         names = [field.name for field in dataclasses.fields(self.handle) if field.name not in ("parent", "name")]
         values = [getattr(self.handle, name) for name in names]
-        if any(
-            isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values)
-        ):  # perhaps of a trace, and not to be kept
+        holds_arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values))
+        if holds_arrays:  # perhaps of a trace that is over when this is still kept
             return None
         return type(self.handle), tuple(names), tuple(map(Static, values))
 

@@ -91,8 +91,11 @@ def _layers(weights: Any, x: Any) -> Any:
 
 def _scan(use: Callable[[Any], Any], steps: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     run = use(_layers)
-    fn = lambda weights, x: jax.lax.scan(lambda x, w: (run(w, x), None), x, weights)[0]  # noqa: E731
-    return fn, ([_shape(steps, WIDTH, WIDTH)] * LAYERS, _shape(BATCH, WIDTH))
+
+    def steps_of(weights: Any, x: Any) -> Any:
+        return jax.lax.scan(lambda x, w: (run(w, x), None), x, weights)[0]
+
+    return steps_of, ([_shape(steps, WIDTH, WIDTH)] * LAYERS, _shape(BATCH, WIDTH))
 
 
 def _packed(bits: int) -> Callable[[Any], Any]:

@@ -6,7 +6,6 @@ is kept. Where it can't be traced so, everything is kept.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,12 +23,12 @@ from ._errors import ArgumentError, CotangentError
 from ._inputs import has_parameter
 from ._kept import GROUPS, Kept
 from ._needed import dead_pullback, formally, needed
+from ._one_call import is_zero
 from ._own_functions import own_functions, with_functions
 from ._pullback import Pullback, zero_of
 from ._residuals import Residuals, with_residuals
 from ._session import Outcome, Session
 from ._site import Site
-from ._transform import is_zero
 
 if TYPE_CHECKING:
     from ._rule import Rule
@@ -263,9 +262,7 @@ def _on_types(session: Session, primals: Primals) -> Outcome:
         return [*cell[0].arrays, *cell[0].updates]
 
     jax.eval_shape(run, primals.variables, primals.context, primals.arrays)
-    outcome = cell[0]
-    updates = list(map(ArrayType.of, outcome.updates))
-    return dataclasses.replace(outcome, arrays=list(outcome.output_types), updates=updates)
+    return cell[0].with_types()
 
 
 def _fields(the_rule: Rule) -> list[tuple[str, Layout, int]]:

@@ -1,7 +1,7 @@
 """JAX's coming `custom_vjp`, which `JAX_CUSTOM_VJP3=1` chooses: ours has the same results under it, and what it lacks.
 
 `make coming` runs the suite in that mode; here each test sets its own. A test of what it
-lacks that fails after an upgrade of JAX says that something was mended, here or in `core/_transform.py`.
+lacks that fails after an upgrade of JAX says that something was mended, here or in `core/_one_call.py`.
 """
 
 from __future__ import annotations
