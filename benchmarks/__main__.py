@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from benchmarks import collectives, compiled, growth, imports, memory, plots, stages, verdicts
+from benchmarks import attached, collectives, compiled, growth, imports, memory, plots, stages, verdicts
 from benchmarks.cases import FRAMEWORKS, LAYERS
 from benchmarks.verdicts import Verdict
 
@@ -49,6 +49,12 @@ def _stages(console: Console) -> list[Verdict]:
     return found
 
 
+def _attached(console: Console) -> list[Verdict]:
+    samples, flops = attached.traces(), attached.flops()
+    console.print(attached.table(samples, flops))
+    return verdicts.attached(samples, flops)
+
+
 def _memory(console: Console) -> list[Verdict]:
     measured = {title: family.measured() for title, family in memory.FAMILIES.items()}
     for title, family in memory.FAMILIES.items():
@@ -77,6 +83,7 @@ PARTS: dict[str, Callable[[Console], list[Verdict]]] = {
     "imports": _imports,
     "growth": _growth,
     "stages": _stages,
+    "attached": _attached,
     "memory": _memory,
     "compiled": _compiled,
     "collectives": _collectives,

@@ -14,6 +14,7 @@ from benchmarks.memory import Kept
 from benchmarks.timing import Samples, ratio
 
 TO_PLAIN, TO_OWN = 1.3, 0.7  # tracing
+ATTACHED_TO_PLAIN = 1.6
 EAGER_TO_OWN, EAGER_TO_HAND = 1.0, 1.5
 EXPONENT = 1.1
 IMPORT_MS = 50.0
@@ -76,6 +77,15 @@ def eager(framework: str, samples: Samples) -> list[Verdict]:
     if "own" in samples:
         found += [Verdict(f"{what}, {ours}, to own", ratio(samples, ours, "own"), EAGER_TO_OWN) for ours in OURS]
     return found
+
+
+def attached(samples: Samples, flops: Mapping[Variant, float]) -> list[Verdict]:
+    """A rule attached to a published model costs some tracing, and not a flop."""
+    what = "Haiku, ResNet18, a rule at all convolutions"
+    return [
+        Verdict(f"{what}: tracing, to plain", ratio(samples, "rule", "plain"), ATTACHED_TO_PLAIN),
+        Verdict(f"{what}: flops, to plain", flops["rule"] / flops["plain"], 1, exact=True),
+    ]
 
 
 def imports(added: list[float]) -> list[Verdict]:

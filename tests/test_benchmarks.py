@@ -152,6 +152,14 @@ VERDICTS = {  # one call that falls short nowhere; calls that fall short, and in
             (lambda v: v.eager("NNX", samples(own=0.99)), 2),
         ],
     ),
+    "attached": (
+        lambda v: v.attached(samples(rule=1.6), {"plain": 1e9, "rule": 1e9}),
+        [
+            (lambda v: v.attached(samples(rule=1.61), {"plain": 1e9, "rule": 1e9}), 1),
+            (lambda v: v.attached(samples(), {"plain": 1e9, "rule": 1e9 + 1}), 1),
+            (lambda v: v.attached(samples(), {"plain": 1e9, "rule": 1e9 - 1}), 1),
+        ],
+    ),
     "imports": (lambda v: v.imports([0.04, 0.05, 0.3]), [(lambda v: v.imports([0.04, 0.051, 0.3]), 1)]),
     "memory": (
         lambda v: v.memory("a scan", kept(100, 3)),
