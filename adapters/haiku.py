@@ -16,6 +16,7 @@ import haiku as hk
 import jax
 
 from crossvjp import HandleError
+from crossvjp.adapters._haiku_config import unnamed
 from crossvjp.adapters._haiku_frames import Frame, MissedError, names_in_frame, refuse_frames, touched_by
 from crossvjp.adapters._haiku_host import HaikuHosting
 from crossvjp.adapters._haiku_migration import HaikuMigration
@@ -61,6 +62,14 @@ class HaikuBoundary:
         keys, keys_after = jax.tree.leaves(rng), jax.tree.leaves(rng_after)
         drawn = len(keys) != len(keys_after) or any(a is not b for a, b in zip(keys, keys_after, strict=True))
         return out, {**changed, "rng": rng_after if drawn else None}
+
+    @property
+    def unnamed(self) -> Any:
+        frame = self._frame
+        bundles = {"params": _only(frame.params, self._held), "state": _only(frame.state, self._held)}
+        described = unnamed(self._mdl, self._held, bundles)
+        rng = jax.tree.structure(frame.rng)
+        return None if described is None else (described, self._partition.chosen, self._with_state, rng)
 
     def publish(self, updates: Mapping[str, Any]) -> None:
         """Writes the updates into the live frame, and lets go of it."""

@@ -115,7 +115,7 @@ def sign(tree: Any) -> Any:
     return jax.tree.map(jnp.sign, tree)
 
 
-@cv.rule
+@cv.rule(reads_names=False)
 def sign_gradient(call: cv.Call, y_bar: Any) -> cv.Cotangents:
     """The rule, for crossvjp."""
     bar = call.pullback(y_bar)
@@ -137,7 +137,7 @@ def lifted(fn: Callable[..., Any], variant: Variant) -> Callable[..., Any]:
         *inputs_bar, variables_bar = pullback(y_bar)
         return *inputs_bar, sign(variables_bar)
 
-    return cv.custom_vjp(fn, forward, backward)
+    return cv.custom_vjp(fn, forward, backward, reads_names=False)
 
 
 def by_hand(apply: Apply) -> Apply:

@@ -8,13 +8,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+
+# Whether values of a type are arrays, and mutable ones. Of tracers it is the type of what they stand for that says so.
+# JAX's own classes take long to say it, and they are asked of every leaf again and again.
+_are_arrays: dict[type, bool] = {}
+_are_refs: dict[type, bool] = {}
 
 
 def is_array(leaf: Any) -> bool:
     """Says whether a leaf is traced by JAX. Python scalars are not: they pass through as they are."""
-    if isinstance(leaf, np.ndarray | np.generic):
-        return leaf.dtype.kind not in "OUSMm"  # objects, texts and times are nothing that JAX computes with
-    return isinstance(leaf, jax.Array) or is_ref(leaf)
+    kind = type(leaf)
+    if kind not in _are_arrays:
+        if isinstance(leaf, np.ndarray | np.generic):
+            return leaf.dtype.kind not in "OUSMm"  # objects, texts and times are nothing that JAX computes with
+        _are_arrays[kind] = isinstance(leaf, jax.Array) or is_ref(leaf) or isinstance(leaf, Tracer)
+    return _are_arrays[kind]
 
 
 def as_array(leaf: Any) -> Any:
@@ -28,7 +37,10 @@ def as_array(leaf: Any) -> Any:
 
 def is_ref(leaf: Any) -> bool:
     """Says whether a leaf is a mutable array, `jax.Ref`: an input like others, without a gradient."""
-    return isinstance(leaf, jax.Ref)
+    kind = type(leaf.aval) if isinstance(leaf, Tracer) else type(leaf)
+    if kind not in _are_refs:
+        _are_refs[kind] = isinstance(leaf, jax.Ref)
+    return _are_refs[kind]
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -114,6 +126,9 @@ class Layout:
 
     treedef: Any
     statics: tuple[Static | None, ...]  # `None` where an array stands
+
+    def __hash__(self) -> int:
+        return hash(self.treedef)  # not each of the statics: that takes long, and layouts mostly differ by their trees
 
     def fill(self, arrays: Any) -> Any:
         """Rebuilds the tree around `arrays`, given in the order of flattening."""

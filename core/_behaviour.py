@@ -64,6 +64,9 @@ class Behaviour(Protocol):
     `None` where they may not.
     """
 
+    reads_names: bool
+    """Whether it may tell modules apart by names alone."""
+
     can_be_compared: bool
     """Whether `formal_backward` may give something."""
 

@@ -67,6 +67,18 @@ class PublishingBoundary(Boundary, Protocol):
         ...
 
 
+class NamedBoundary(Boundary, Protocol):
+    """A boundary whose `static` is `None` because names alone may tell modules apart."""
+
+    @property
+    def unnamed(self) -> Any:
+        """What the module is apart from its arrays and names, the trees of variables and context among it; hashable.
+
+        Calls that repeat share what JAX makes of a rule that says `reads_names = False`. `None` where it can't be said.
+        """
+        ...
+
+
 def run_and_publish(boundary: PublishingBoundary, body: Body) -> Any:
     """Does the work of `Adapter.lift` once a boundary is open."""
     out, updates = body(boundary)

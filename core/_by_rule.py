@@ -43,6 +43,7 @@ class ByRule:
         arrays, self._layout = take_apart((the_rule, key))
         self.arrays: Sequence[Any] = arrays
         self.key = self._layout if the_rule.pure else None
+        self.reads_names = the_rule.reads_names
         self._replaces = the_rule.replaces_forward
         functions = own_functions(the_rule)
         self.forward_functions: Sequence[Any] = functions if self._replaces else []

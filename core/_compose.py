@@ -74,6 +74,11 @@ class Composed(Rule):
         return all(part.pure for part in self.rules)
 
     @property
+    def reads_names(self) -> bool:
+        """Whether one does."""
+        return any(part.reads_names for part in self.rules)
+
+    @property
     def symbolic_zeros(self) -> bool:
         """Whether all take `None` for a zero."""
         return all(part.symbolic_zeros for part in self.rules)

@@ -38,6 +38,7 @@ def custom_vjp(
     nondiff_argnames: Sequence[str] | str = (),
     order: Order = "inputs_first",
     optimize_remat: bool = False,
+    reads_names: bool = True,
 ) -> Callable[..., Any]: ...
 def custom_vjp(
     fn: Callable[..., Any],
@@ -49,6 +50,7 @@ def custom_vjp(
     nondiff_argnames: Sequence[str] | str = (),
     order: Order = "inputs_first",
     optimize_remat: bool = False,
+    reads_names: bool = True,
 ) -> Any:
     """Gives a function of a module a backward pass of its own, in any framework.
 
@@ -84,6 +86,9 @@ def custom_vjp(
         optimize_remat: as in `jax.custom_vjp.defvjp`: under `jax.remat`, `forward_fn` does not run
             where only the output is needed. JAX then can't say what is differentiated, so
             everything counts as such.
+        reads_names: whether the functions may tell modules of one kind apart by their names. With
+            False, calls that repeat share what JAX makes of them in Haiku too, where modules
+            differ by name.
 
     Returns:
         A function with the signature of `fn`.
@@ -115,7 +120,7 @@ def custom_vjp(
         if not callable(function):
             raise ArgumentError(f"`{name}` must be a function, but is {function!r}.")
 
-    behaviour = _ByFunctions(fn, forward_fn, backward_fn, order)
+    behaviour = _ByFunctions(fn, forward_fn, backward_fn, order, reads_names)
     options = Options(grad_vars, positions_of(fn, nondiff_argnums, nondiff_argnames), optimize_remat)
 
     @functools.wraps(fn)
@@ -133,12 +138,18 @@ class _ByFunctions:
     can_be_compared = False
 
     def __init__(
-        self, fn: Callable[..., Any], forward_fn: Callable[..., Any], backward_fn: Callable[..., Any], order: Order
+        self,
+        fn: Callable[..., Any],
+        forward_fn: Callable[..., Any],
+        backward_fn: Callable[..., Any],
+        order: Order,
+        reads_names: bool,
     ):
         self.forward_functions: Sequence[Any] = [forward_fn]
         self.backward_functions: Sequence[Any] = [backward_fn]
         self._order: Order = order
         self.key = (forward_fn, backward_fn, order)
+        self.reads_names = reads_names
         self.author = getattr(backward_fn, "__name__", repr(backward_fn))
         self.asks_updates = has_parameter(backward_fn, "updates_bar")
         # If `fn` has a parameter of this name too, it is one of the call's own.

@@ -70,6 +70,9 @@ class Input:
     types: tuple[ArrayType, ...]
     indices: range
 
+    def __hash__(self) -> int:
+        return hash(self.layout)
+
     def cotangent(self, arrays: Sequence[Any]) -> Any:
         """Picks this argument's cotangents out of those of all arrays, and puts them into its tree."""
         return self.layout.fill_arrays_only([arrays[index] for index in self.indices])

@@ -41,7 +41,12 @@ class Partition:
     @property
     def static(self) -> Any:
         """The half of the tree that is no array."""
-        return self._treedef, self._layout, tuple(self._chosen)
+        return self._treedef, self._layout, self.chosen
+
+    @property
+    def chosen(self) -> tuple[bool, ...]:
+        """Which of the tree's leaves are variables."""
+        return tuple(self._chosen)
 
     def take(self) -> tuple[Any, list[Any]]:
         """Hands over the variables and the context, once: what late runs keep must hold no array."""

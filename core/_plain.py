@@ -156,6 +156,7 @@ class _ByPair:
     arrays: Sequence[Any] = ()
     asks_updates = False
     key = None  # as in `jax.custom_vjp`, each call runs `fwd`
+    reads_names = True
     can_be_compared = False
 
     def __init__(self, function: CustomVJP):

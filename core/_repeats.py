@@ -140,21 +140,22 @@ def _kind(session: Session, behaviour: Behaviour, arrays: Sequence[Any]) -> _Kin
     if behaviour.key is None:
         return None
     types = tuple(map(jax.typeof, arrays))
-    # Third parties' boundaries may not say what they are.
-    static = getattr(session.boundary, "static", None)
-    configured = None if static is None else (behaviour.key, types, session.key, static)
+    module = session.module_key(names=behaviour.reads_names)
+    configured = None if module is None else (behaviour.key, types, session.key, module)
     computing = (behaviour.key, types, session.inputs.key) if behaviour.can_be_compared else None
-    kinds, found = _kinds(), None
+    kinds = _kinds()
     for key, compares_backward in ((configured, False), (computing, True)):
+        if key is None:
+            continue
         try:
-            known = key is not None and key in kinds
+            known = key in kinds
         except TypeError:  # something in it has no hash
             continue
-        if known and found is None:
+        if known:
             found = kinds[key] = kinds[key] or _Kind(compares_backward)
-        elif key is not None:
-            kinds.setdefault(key, None)
-    return found
+            return found
+        kinds[key] = None
+    return None
 
 
 def _as_program(call: Run, lengths: Sequence[int], name: str) -> Run:

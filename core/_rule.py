@@ -84,6 +84,13 @@ class Rule(abc.ABC):
     its calls while it is traced, says False.
     """
 
+    reads_names = True
+    """Whether it may tell modules of one kind apart by the names of their variables.
+
+    Haiku's variables have their module's name, so there a rule is traced for each of the calls that repeat, to see
+    whether it does the same. One that says False is not.
+    """
+
     needs_variables = False
     """Whether the rule is for variables, so that putting it on a module without any is an error."""
 
@@ -205,10 +212,16 @@ def rule(
     exact: bool = False,
     symbolic_zeros: bool = True,
     pure: bool = True,
+    reads_names: bool = True,
 ) -> Rule: ...
 @overload
 def rule(
-    *, linear: bool = True, exact: bool = False, symbolic_zeros: bool = True, pure: bool = True
+    *,
+    linear: bool = True,
+    exact: bool = False,
+    symbolic_zeros: bool = True,
+    pure: bool = True,
+    reads_names: bool = True,
 ) -> Callable[[Callable[..., Any]], Rule]: ...
 def rule(
     backward: Callable[..., Any] | None = None,
@@ -217,6 +230,7 @@ def rule(
     exact: bool = False,
     symbolic_zeros: bool = True,
     pure: bool = True,
+    reads_names: bool = True,
 ) -> Any:
     """Makes a rule without fields of a function `backward(call, y_bar)`.
 
@@ -226,6 +240,7 @@ def rule(
         exact: as `Rule.exact`.
         symbolic_zeros: as `Rule.symbolic_zeros`.
         pure: as `Rule.pure`.
+        reads_names: as `Rule.reads_names`.
 
     Returns:
         The rule; without `backward`, a decorator that makes it.
@@ -239,8 +254,8 @@ def rule(
         1.0
     """
     if backward is None:
-        return lambda backward: FunctionRule(backward, linear, exact, symbolic_zeros, pure)
-    return FunctionRule(backward, linear, exact, symbolic_zeros, pure)
+        return lambda backward: FunctionRule(backward, linear, exact, symbolic_zeros, pure, reads_names)
+    return FunctionRule(backward, linear, exact, symbolic_zeros, pure, reads_names)
 
 
 def _is_plain(mdl: Any) -> bool:
@@ -288,6 +303,7 @@ class FunctionRule(Rule):
     exact: bool = static(default=False)
     symbolic_zeros: bool = static(default=True)
     pure: bool = static(default=True)
+    reads_names: bool = static(default=True)
 
     def backward(self, call: Call, y_bar: Any) -> Any:
         """Calls the function."""

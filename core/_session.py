@@ -106,8 +106,20 @@ class Session:
 
     @property
     def key(self) -> Any:
-        """What a run depends on beside the module's configuration and the arrays; hashable if the user's values are."""
-        return self.fn, self.variables_def, self._context_layout, self._ambient, self.inputs.key, self._handle.key
+        """What a run depends on beside the module and the arrays; hashable if the user's values are."""
+        return self.fn, self._ambient, self.inputs.key, self._handle.key
+
+    def module_key(self, *, names: bool) -> Any:
+        """What it depends on of the module; `None` if that is not known.
+
+        Args:
+            names: whether names count too, where they are all that tells modules apart.
+        """
+        # Third parties' boundaries may not say what they are.
+        static = getattr(self.boundary, "static", None)
+        if static is not None:
+            return self.variables_def, self._context_layout, static
+        return None if names else getattr(self.boundary, "unnamed", None)
 
     def with_functions(self, fn: Callable[..., Any], handle: Sequence[Any], rule: Sequence[Any]) -> Session:
         """Gives this session with other functions, of the same code, in the places of the user's."""

@@ -18,7 +18,7 @@ from flax import nnx
 from helpers import is_coming
 
 import crossvjp as cv
-from crossvjp import _repeats
+from crossvjp import _repeats, rules
 from crossvjp.testing import assert_close
 
 pytestmark = pytest.mark.skipif(is_coming(), reason="with JAX's coming custom_vjp each call is traced by itself")
@@ -252,6 +252,96 @@ def test_a_rule_that_looks_at_names_is_not_taken_for_another(alone):
     bars = jax.jit(jax.grad(stack.loss(under(by_name))))(stack.params, some_input())
     assert_close(bars, {**own, "linear_3": jax.tree.map(lambda g: 5 * g, own["linear_3"])})
     assert len(set(programs(stack.loss(under(by_name)), stack.params, some_input()))) == 1  # for those that are alike
+
+
+@cv.rule(reads_names=False)
+def unnaming(called, y_bar):
+    """Does the same, and says that it looks at no names."""
+    return doubled.backward(called, y_bar)
+
+
+UNNAMED = {"rule": under(unnaming), "custom_vjp": cv.custom_vjp(call, forward, backward, reads_names=False)}
+
+
+@pytest.mark.parametrize("use", UNNAMED)
+def test_in_haiku_what_does_not_look_at_names_is_made_once(use):
+    stack = haiku_stack()
+    found = programs(stack.loss(UNNAMED[use]), stack.params, some_input())
+    assert len(found) == DEPTH - 1
+    assert len(set(found)) == 1
+    own = jax.jit(jax.grad(stack.loss(call)))(stack.params, some_input())
+    bars = jax.jit(jax.grad(stack.loss(UNNAMED[use])))(stack.params, some_input())
+    assert_close(bars, jax.tree.map(lambda g: 2 * g, own))
+
+
+def test_a_composed_rule_looks_at_names_if_a_part_does():
+    assert not cv.compose(unnaming, rules.SignGradient()).reads_names
+    assert cv.compose(unnaming, doubled).reads_names
+
+
+class Rated(hk.Module):
+    """Holds what its own output does not depend on, and other modules or arrays."""
+
+    def __init__(self, rate: Any, inner: hk.Linear | None = None, name: str | None = None):
+        super().__init__(name=name)
+        self.rate, self.inner = rate, [inner, self] if rate == "itself" else [inner]
+
+    def __call__(self, x):
+        """Calls another module, or a new one."""
+        return (self.inner[0] or hk.Linear(WIDTH))(x)
+
+
+def rated_forward(mdl, x):
+    y, pullback = cv.vjp(call, mdl, x)
+    return y, (mdl.rate if isinstance(mdl.rate, float) else 1.0, pullback)
+
+
+def rated_backward(residuals, y_bar):
+    rate, pullback = residuals
+    x_bar, variables_bar = pullback(y_bar)
+    return x_bar, jax.tree.map(lambda g: rate * g, variables_bar)
+
+
+RATED = {  # what makes the modules, and how many of six calls are made by how many programs
+    "equal": (lambda index: Rated(2.0), 5, 1),
+    "in turns": (lambda index: Rated(1.0 + index % 2), 4, 2),
+    "all different": (lambda index: Rated(1.0 + index), 0, 0),
+    "with another inside": (lambda index: Rated(2.0, hk.Linear(WIDTH)), 0, 0),  # which is not below its name
+    "with an array": (lambda index: Rated(jnp.ones(2)), 0, 0),
+    "with itself": (lambda index: Rated("itself"), 0, 0),
+}
+
+
+@pytest.mark.parametrize("kind", RATED)
+def test_in_haiku_modules_that_are_configured_in_another_way_are_told_apart(kind, alone):
+    """By functions of a custom_vjp that reads a module's attribute."""
+    make, calls, different = RATED[kind]
+    use = cv.custom_vjp(call, rated_forward, rated_backward, reads_names=False)
+
+    def model(use):
+        def forward(x):
+            for index in range(DEPTH):
+                x = use(make(index), x)
+            return jnp.sum(jnp.sin(x))
+
+        return hk.without_apply_rng(hk.transform(forward))
+
+    params = model(call).init(jax.random.key(0), some_input())
+    run = lambda: jax.jit(jax.grad(model(use).apply))(params, some_input())
+    assert_close(run(), alone(run))
+    found = programs(model(use).apply, params, some_input())
+    assert (len(found), len(set(found))) == (calls, different)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in dir(rules) if getattr(getattr(rules, name), "reads_names", True) is False]
+)
+def test_rules_that_say_so_do_not_look_at_names(name):
+    rule = getattr(rules, name)()
+    lifted = rule.lift(lambda params, x: x @ params[next(iter(params))]["w"], grad_vars=True)
+    grad = jax.make_jaxpr(jax.grad(lambda params, x: jnp.sum(lifted(params, x)), argnums=(0, 1)))
+    first, second = (str(grad({name: {"w": weights(0)}}, some_input())) for name in ("linear", "norm/~/scale"))
+    assert first == second
 
 
 class Flagged(nn.Module):

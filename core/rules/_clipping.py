@@ -25,6 +25,7 @@ class ClipByValue(Rule):
     """
 
     linear = False
+    reads_names = False
     needs_variables = True
     limit: Float[Array, ""] | float = 1.0
 
@@ -59,6 +60,7 @@ class ClipByNorm(Rule):
     """
 
     linear = False
+    reads_names = False
     needs_variables = True
     max_norm: Float[Array, ""] | float = 1.0
 
@@ -88,6 +90,7 @@ class ClipOutputNorm(Rule):
     """
 
     linear = False
+    reads_names = False
     max_norm: Float[Array, ""] | float = 1.0
 
     def __post_init__(self):
@@ -124,6 +127,7 @@ class AdaptiveGradientClipping(Rule):
     """
 
     linear = False
+    reads_names = False
     needs_variables = True
     clipping: Float[Array, ""] | float = 0.01
     eps: Float[Array, ""] | float = 1e-3
@@ -170,6 +174,7 @@ class Centralize(Rule):
         Yong, Huang, Hua, Zhang (2020), arXiv:2004.01461, equation 1.
     """
 
+    reads_names = False
     needs_variables = True
     unit_axis: int = static(default=-1)
 

@@ -29,6 +29,7 @@ class SignGradient(Rule):
     """
 
     linear = False
+    reads_names = False
     needs_variables = True
 
     def backward(self, call, y_bar):
@@ -110,6 +111,7 @@ class GradientReversal(Rule):
         Ganin, Lempitsky (2015), arXiv:1409.7495; Ganin et al. (2016), arXiv:1505.07818.
     """
 
+    reads_names = False
     strength: Float[Array, ""] | float = 1.0
 
     def backward(self, call, y_bar):
@@ -154,6 +156,7 @@ class CastCotangents(Rule):
     """
 
     linear = False
+    reads_names = False
     dtype: Any = static(default=jnp.bfloat16)
 
     def __post_init__(self):
@@ -180,6 +183,7 @@ class LossScaling(Rule):
         Micikevicius et al. (2018), arXiv:1710.03740.
     """
 
+    reads_names = False
     exact = True
     scale: Float[Array, ""] | float = 2.0**10
 
@@ -207,6 +211,7 @@ class ZeroNonFinite(Rule):
         ArgumentError: `on` is another word.
     """
 
+    reads_names = False
     on: str = static(default="variables")
     zeroed: Sum | None = None
 
