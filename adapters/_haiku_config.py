@@ -32,11 +32,18 @@ def unnamed(mdl: Any, held: Set[str] | None, bundles: Mapping[str, Mapping[str, 
     if not all(f"{name}/".startswith(f"{prefix}/") for name in held):
         return None
     config = _config(mdl, prefix, ())
-    names = tuple(
-        (collection, tuple((module.removeprefix(prefix), tuple(values)) for module, values in sorted(modules.items())))
+    return None if config is None else (config, names_below(prefix, bundles))
+
+
+def names_below(prefix: str, bundles: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Any:
+    """Lists the names of arrays, as seen from a module of that name."""
+    return tuple(
+        (
+            collection,
+            tuple((module.removeprefix(prefix), tuple(sorted(values))) for module, values in sorted(modules.items())),
+        )
         for collection, modules in bundles.items()
     )
-    return None if config is None else (config, names)
 
 
 def _config(module: hk.Module, prefix: str, around: tuple[hk.Module, ...]) -> Any:

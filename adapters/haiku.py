@@ -16,7 +16,7 @@ import haiku as hk
 import jax
 
 from crossvjp import HandleError
-from crossvjp.adapters._haiku_config import unnamed
+from crossvjp.adapters._haiku_config import names_below, unnamed
 from crossvjp.adapters._haiku_frames import Frame, MissedError, names_in_frame, refuse_frames, touched_by
 from crossvjp.adapters._haiku_host import HaikuHosting
 from crossvjp.adapters._haiku_migration import HaikuMigration
@@ -70,6 +70,10 @@ class HaikuBoundary:
         described = unnamed(self._mdl, self._held, bundles)
         rng = jax.tree.structure(frame.rng)
         return None if described is None else (described, self._partition.chosen, self._with_state, rng)
+
+    def unnamed_updates(self, updates: Mapping[str, Any]) -> Any:
+        bundles = {"params": updates["params"], "state": updates["state"]}
+        return names_below(self._mdl.module_name, bundles), jax.tree.structure(updates["rng"])
 
     def publish(self, updates: Mapping[str, Any]) -> None:
         """Writes the updates into the live frame, and lets go of it."""

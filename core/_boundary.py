@@ -78,6 +78,10 @@ class NamedBoundary(Boundary, Protocol):
         """
         ...
 
+    def unnamed_updates(self, updates: PyTree) -> Any:
+        """Describes the tree of updates without the module's name; hashable."""
+        ...
+
 
 def run_and_publish(boundary: PublishingBoundary, body: Body) -> Any:
     """Does the work of `Adapter.lift` once a boundary is open."""

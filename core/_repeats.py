@@ -51,7 +51,7 @@ def shared(session: Session, behaviour: Behaviour, groups: Sequence[Sequence[Any
     kind = _kind(session, behaviour, arrays)
     if kind is None or kind.misses > kind.hits + _SPARE_MISSES:
         return None
-    traced = _Traced.of(session, behaviour, groups, with_backward=kind.compares_backward)
+    traced = _Traced.of(session, behaviour, groups, kind)
     found = None if traced is None else next((known for known in kind.known if traced.is_like(known)), None)
     if traced is None or (found is None and kind.known):
         kind.misses += 1
@@ -72,6 +72,7 @@ class _Kind:
     """Calls of one kind in one trace: of the same rule and types."""
 
     compares_backward: bool
+    names: bool  # whether the module's name counts
     known: list[_Traced] = dataclasses.field(default_factory=list)
     hits: int = 0
     misses: int = 0
@@ -82,13 +83,12 @@ class _Traced:
     """What one call computes: the module, and the rule too where it is compared."""
 
     outcome: Outcome
+    updates_key: Any
     program: Any
     run: Run | None = None
 
     @staticmethod
-    def of(
-        session: Session, behaviour: Behaviour, groups: Sequence[Sequence[Any]], *, with_backward: bool
-    ) -> _Traced | None:
+    def of(session: Session, behaviour: Behaviour, groups: Sequence[Sequence[Any]], kind: _Kind) -> _Traced | None:
         """Traces it; `None` where that does not work, or a program does more than return its results."""
         own, _, *others = groups
         cell: list[Outcome] = []
@@ -97,7 +97,7 @@ class _Traced:
             rest = iter(leaves)
             primals = Primals(*([next(rest) for _ in group] for group in (own, *others)))
             outcome = run_alone(session, primals)
-            results = behaviour.formal_backward(session, primals, outcome) if with_backward else []
+            results = behaviour.formal_backward(session, primals, outcome) if kind.compares_backward else []
             if results is not None:
                 cell.append(outcome.with_types())
             return [*outcome.arrays, *outcome.updates, *(results or ())]
@@ -106,13 +106,15 @@ class _Traced:
             program = program_of(run, [ArrayType.of(array) for group in (own, *others) for array in group])
         except Exception:  # the call itself shows what is wrong
             return None
-        return _Traced(cell[0], program) if cell and is_closed(program) else None
+        if not cell or not is_closed(program):
+            return None
+        return _Traced(cell[0], session.updates_key(cell[0].updates_layout, names=kind.names), program)
 
     def is_like(self, other: _Traced) -> bool:
         """Says whether another call computes the same."""
         return (
             self.outcome.layout == other.outcome.layout
-            and self.outcome.updates_layout == other.outcome.updates_layout
+            and self.updates_key == other.updates_key
             and same_program(self.program, other.program)
         )
 
@@ -152,7 +154,7 @@ def _kind(session: Session, behaviour: Behaviour, arrays: Sequence[Any]) -> _Kin
         except TypeError:  # something in it has no hash
             continue
         if known:
-            found = kinds[key] = kinds[key] or _Kind(compares_backward)
+            found = kinds[key] = kinds[key] or _Kind(compares_backward, compares_backward or behaviour.reads_names)
             return found
         kinds[key] = None
     return None

@@ -121,6 +121,11 @@ class Session:
             return self.variables_def, self._context_layout, static
         return None if names else getattr(self.boundary, "unnamed", None)
 
+    def updates_key(self, layout: Layout, *, names: bool) -> Any:
+        """Says how the tree of updates looks, with or without the module's name."""
+        described = None if names else getattr(self.boundary, "unnamed_updates", None)
+        return layout if described is None else described(layout.fill_arrays_only([None] * layout.statics.count(None)))
+
     def with_functions(self, fn: Callable[..., Any], handle: Sequence[Any], rule: Sequence[Any]) -> Session:
         """Gives this session with other functions, of the same code, in the places of the user's."""
         session = copy.copy(self)

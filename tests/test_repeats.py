@@ -480,7 +480,8 @@ def rows() -> Any:
 
 
 @pytest.mark.parametrize("model", [with_state_linen, with_state_nnx, with_state_haiku])
-def test_state_and_masks_are_each_calls_own(model):
+@pytest.mark.parametrize("rule", [doubled, unnaming], ids=["doubled", "unnaming"])
+def test_state_and_masks_are_each_calls_own(model, rule):
     def results(use):
         params, run = model(use)
 
@@ -490,10 +491,15 @@ def test_state_and_masks_are_each_calls_own(model):
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
-    (value, aux), bars = results(under(doubled))
+    (value, aux), bars = results(under(rule))
     (own_value, own_aux), own = results(call)
     assert_close([value, *map(_raw, jax.tree.leaves(aux))], [own_value, *map(_raw, jax.tree.leaves(own_aux))])
     assert_close(bars, jax.tree.map(lambda g: 2 * g, own), rtol=1e-5)  # batch norms, one behind the other
+
+
+def test_in_haiku_calls_that_write_state_share_a_program_too():
+    params, run = with_state_haiku(under(unnaming))
+    assert len(programs(lambda params: run(params, rows()), params)) == 3
 
 
 def _raw(leaf: Any) -> Any:
