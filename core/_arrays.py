@@ -10,20 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-# Whether values of a type are arrays, and mutable ones. Of tracers it is the type of what they stand for that says so.
-# JAX's own classes take long to say it, and they are asked of every leaf again and again.
-_are_arrays: dict[type, bool] = {}
-_are_refs: dict[type, bool] = {}
+# Types of arrays, and those that are no mutable ones: of tracers, the types of what they stand for. JAX's own classes
+# take long to say so, and are asked of every leaf again and again. Users' types are not kept: they may hold anything.
+_are_arrays: set[type] = set()
+_are_no_refs: set[type] = set()
 
 
 def is_array(leaf: Any) -> bool:
     """Says whether a leaf is traced by JAX. Python scalars are not: they pass through as they are."""
     kind = type(leaf)
-    if kind not in _are_arrays:
-        if isinstance(leaf, np.ndarray | np.generic):
-            return leaf.dtype.kind not in "OUSMm"  # objects, texts and times are nothing that JAX computes with
-        _are_arrays[kind] = isinstance(leaf, jax.Array) or is_ref(leaf) or isinstance(leaf, Tracer)
-    return _are_arrays[kind]
+    if kind in _are_arrays:
+        return True
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind not in "OUSMm"  # objects, texts and times are nothing that JAX computes with
+    found = isinstance(leaf, jax.Array) or is_ref(leaf)
+    if found:
+        _are_arrays.add(kind)
+    return found
 
 
 def as_array(leaf: Any) -> Any:
@@ -38,9 +41,12 @@ def as_array(leaf: Any) -> Any:
 def is_ref(leaf: Any) -> bool:
     """Says whether a leaf is a mutable array, `jax.Ref`: an input like others, without a gradient."""
     kind = type(leaf.aval) if isinstance(leaf, Tracer) else type(leaf)
-    if kind not in _are_refs:
-        _are_refs[kind] = isinstance(leaf, jax.Ref)
-    return _are_refs[kind]
+    if kind in _are_no_refs:
+        return False
+    found = isinstance(leaf, jax.Ref)
+    if not found and isinstance(leaf, jax.Array):
+        _are_no_refs.add(kind)
+    return found
 
 
 def is_inexact(leaf: Any) -> bool:

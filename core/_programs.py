@@ -13,6 +13,8 @@ from jax.interpreters import partial_eval
 
 from ._arrays import ArrayType
 
+_ORDERS = 2  # who differentiates a gradient through a rule needs two
+
 
 def program_of(function: Callable[[list[Any]], list[Any]], types: Sequence[ArrayType]) -> Any:
     """Traces a function of a flat list of arrays, which returns another, on types alone."""
@@ -44,10 +46,15 @@ def is_closed(program: Any) -> bool:
     return not program.constvars and not program.effects
 
 
-def same_program(one: Any, other: Any) -> bool:
+def same_program(one: Any, other: Any, orders: int = _ORDERS) -> bool:
     """Compares two closed programs operation by operation.
 
-    What can't be compared, such as the functions that a custom derivative holds, counts as different.
+    What can't be compared, such as the functions that a `jax.custom_vjp` holds, counts as different.
+
+    Args:
+        one: a program.
+        other: another one.
+        orders: to which order derivatives are compared that functions in them have of their own.
     """
     if one is other:
         return True
@@ -56,16 +63,17 @@ def same_program(one: Any, other: Any) -> bool:
     places: dict[int, int] = {}
     return (
         _bind(places, one.invars, other.invars)
-        and all(_same_operation(places, *pair) for pair in zip(one.eqns, other.eqns, strict=True))
+        and all(_same_operation(places, *pair, orders) for pair in zip(one.eqns, other.eqns, strict=True))
         and _same_operands(places, one.outvars, other.outvars)
     )
 
 
-def _same_operation(places: dict[int, int], left: Any, right: Any) -> bool:
+def _same_operation(places: dict[int, int], left: Any, right: Any, orders: int) -> bool:
+    same = _same_jvp if left.primitive.name == "custom_jvp_call" else _same_params
     return (
         left.primitive is right.primitive
         and _same_operands(places, left.invars, right.invars)
-        and _same_params(left.params, right.params)
+        and same(left.params, right.params, orders)
         and _bind(places, left.outvars, right.outvars)
     )
 
@@ -94,20 +102,37 @@ def _same_operand(places: Mapping[int, int], one: Any, other: Any) -> bool:
     return one.val is other.val or np.asarray(one.val).tobytes() == np.asarray(other.val).tobytes()
 
 
-def _same_params(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
-    return left.keys() == right.keys() and all(_same_param(left[name], right[name]) for name in left)
+def _same_params(left: Mapping[str, Any], right: Mapping[str, Any], orders: int) -> bool:
+    return left.keys() == right.keys() and all(_same_param(left[name], right[name], orders) for name in left)
 
 
-def _same_param(one: Any, other: Any) -> bool:
+def _same_jvp(left: Mapping[str, Any], right: Mapping[str, Any], orders: int) -> bool:
+    """Compares functions that have a derivative of their own, as `jax.nn.relu`, whose derivative calls it again."""
+    one, other = ({**params, "jvp_jaxpr_fun": None} for params in (left, right))
+    if left["symbolic_zeros"] or not _same_params(one, other, orders):
+        return False  # with these a derivative may depend on what is differentiated
+    if orders == 0:
+        return True
+    try:
+        count = len(left["call_jaxpr"].in_avals) - left["num_consts"]
+        (first, *rest), (second, *others) = (
+            params["jvp_jaxpr_fun"].call_wrapped(*[False] * count) for params in (left, right)
+        )
+        return rest == others and same_program(first, second, orders - 1)
+    except Exception:  # another JAX may hold the derivative in another way
+        return False
+
+
+def _same_param(one: Any, other: Any, orders: int) -> bool:
     if one is other:
         return True
     if type(one) is not type(other):
         return False
     if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(_same_param, one, other))
+        return len(one) == len(other) and all(_same_param(*pair, orders) for pair in zip(one, other, strict=True))
     if hasattr(one, "eqns"):  # a program inside; a closed one has its constants beside it
         return not (getattr(one, "consts", ()) or getattr(other, "consts", ())) and same_program(
-            getattr(one, "jaxpr", one), getattr(other, "jaxpr", other)
+            getattr(one, "jaxpr", one), getattr(other, "jaxpr", other), orders
         )
     try:
         return bool(one == other)

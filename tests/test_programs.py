@@ -30,7 +30,32 @@ def own(x):
 own.defjvp(lambda primals, tangents: (own(*primals), 2 * tangents[0]))
 
 
+def with_second_derivative(factor):
+    """A function whose derivative is alike, but not the derivative of that."""
+    made = jax.custom_jvp(lambda x: x)
+    made.defjvp(lambda primals, tangents: (made(*primals), with_jvp(factor)(primals[0]) * tangents[0]))
+    return made
+
+
+def with_jvp(factor, symbolic_zeros=False):
+    """A function whose derivative is another one."""
+    made = jax.custom_jvp(lambda x: x)
+    made.defjvp(lambda primals, tangents: (made(*primals), factor * tangents[0]), symbolic_zeros=symbolic_zeros)
+    return made
+
+
+@jax.custom_vjp
+def with_vjp(x):
+    return 2 * x
+
+
+with_vjp.defvjp(lambda x: (with_vjp(x), None), lambda _, bar: (3 * bar,))
+
+
 SAME = {
+    "a derivative of its own": lambda x, y: own(x) * y,
+    "derivatives that are alike": lambda x, y: with_jvp(2.0)(x) * y,
+    "relu": lambda x, y: jax.nn.relu(jnp.stack([x[0], y])),
     "one operation": lambda x, y: x + y,
     "a literal": lambda x, y: x * 0.5 - y,
     "a jitted function": lambda x, y: inner(x, y) + inner(x, y),
@@ -64,6 +89,9 @@ DIFFERENT = {
         lambda x, y: jax.lax.fori_loop(0, 3, lambda i, x: x * y, x),
         lambda x, y: jax.lax.fori_loop(0, 3, lambda i, x: x + y, x),
     ),
+    "a derivative of its own": (lambda x, y: with_jvp(2.0)(x), lambda x, y: with_jvp(3.0)(x)),
+    "a second derivative": (lambda x, y: with_second_derivative(2.0)(x), lambda x, y: with_second_derivative(3.0)(x)),
+    "with a derivative of its own, and none": (lambda x, y: with_jvp(1.0)(x), lambda x, y: x),
     "a seed": (
         lambda x, y: x + jax.random.normal(jax.random.key(0), x.shape),
         lambda x, y: x + jax.random.normal(jax.random.key(1), x.shape),
@@ -92,7 +120,12 @@ def test_what_depends_on_more_than_its_arguments_is_not_closed_and_like_nothing(
     assert not same_program(one, other)
 
 
-def test_what_cannot_be_compared_counts_as_different():
-    one, other = traced(lambda x, y: own(x)), traced(lambda x, y: own(x))
+@pytest.mark.parametrize(
+    "function",
+    [lambda x, y: with_vjp(x), lambda x, y: with_jvp(2.0, symbolic_zeros=True)(x)],
+    ids=["custom_vjp", "symbolic zeros"],
+)
+def test_what_cannot_be_compared_counts_as_different(function):
+    one, other = traced(function), traced(lambda *leaves: function(*leaves))
     assert is_closed(one)
     assert not same_program(one, other)
