@@ -27,31 +27,40 @@ class OpenedModule:
     handle: Any
     scopes: list[Scope]
     state: Any
+    fields: dict[str, Any]
+    """The module's fields but for its place in the model."""
+    is_alone: bool = False
+    """Whether none of them holds a module or a Variable. Flax looks for these at length, with a trace of `setup`."""
 
     @staticmethod
     def open(handle: Any, scope: Scope) -> OpenedModule:
         """Collects the scopes; the module's own position in a compact method is kept with them."""
         if isinstance(handle, Scope):
-            return OpenedModule(handle, [scope], None)
-        return OpenedModule(handle, get_module_scopes(handle)[0], handle._state.export())
+            return OpenedModule(handle, [scope], None, {})
+        names = [field.name for field in dataclasses.fields(handle) if field.name not in ("parent", "name")]
+        fields = {name: vars(handle).get(name) for name in names}  # one that is set in `setup` may have no value yet
+        is_alone = not any(isinstance(leaf, nn.Module | nn.Variable) for leaf in jax.tree.leaves(fields))
+        scopes = [scope] if is_alone else get_module_scopes(handle)[0]
+        return OpenedModule(handle, scopes, handle._state.export(), fields, is_alone)
 
     @property
     def static(self) -> Any:
         """The module's class and its fields but for its place in the model; `None` for a scope, or arrays in them."""
         if isinstance(self.handle, Scope):
             return None
-        names = [field.name for field in dataclasses.fields(self.handle) if field.name not in ("parent", "name")]
-        values = [getattr(self.handle, name) for name in names]
-        holds_arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(values))
+        holds_arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(self.fields))
         if holds_arrays:  # perhaps of a trace that is over when this is still kept
             return None
-        return type(self.handle), tuple(names), tuple(map(Static, values))
+        return type(self.handle), tuple(self.fields), tuple(map(Static, self.fields.values()))
 
     def rebuild(self, scopes: list[Scope]) -> Any:
         """Makes a copy of the module that is bound to other scopes."""
         if isinstance(self.handle, Scope):
             return scopes[0]
-        module = set_module_scopes(self.handle, (), {}, scopes)[0]
+        if self.is_alone:
+            module = self.handle.clone(parent=scopes[0])
+        else:
+            module = set_module_scopes(self.handle, (), {}, scopes)[0]
         object.__setattr__(module, "_state", self.state.export())
         return module
 
@@ -59,7 +68,7 @@ class OpenedModule:
         """Gives the same without the live variables: the module's attributes, bound to empty scopes."""
         empty = [Scope({}, name=scope.name) for scope in self.scopes]
         handle = empty[0] if isinstance(self.handle, Scope) else self.rebuild(empty)
-        return OpenedModule(handle, empty, self.state)
+        return OpenedModule(handle, empty, self.state, self.fields, self.is_alone)
 
     def names_of(self, rebuilt: Any) -> Any:
         """Reads off a copy of the module where it stopped counting the names of its children."""

@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from ._ambient import rules_off as rules_off
-from ._attach import attach as attach
-from ._attach import detach as detach
 from ._boundary import Adapter as Adapter
 from ._boundary import Boundary as Boundary
 from ._call import Call as Call
@@ -25,7 +23,6 @@ from ._errors import CrossVJPError as CrossVJPError
 from ._errors import HandleError as HandleError
 from ._errors import MigrationError as MigrationError
 from ._highway import Highway as Highway
-from ._host import host as host
 from ._plain import CustomVJP as CustomVJP
 from ._pullback import Pullback as Pullback
 from ._registry import register_adapter as register_adapter
@@ -33,26 +30,32 @@ from ._residuals import Residuals as Residuals
 from ._rule import Rule as Rule
 from ._rule import rule as rule
 from ._rule import static as static
-from ._sites import sites as sites
 from ._vjp import variables as variables
 from ._vjp import vjp as vjp
 from ._where import function as function
 
 if _TYPE_CHECKING:
     from . import migration as migration
+    from ._attach import attach as attach
+    from ._attach import detach as detach
+    from ._host import host as host
+    from ._sites import sites as sites
     from .migration import migrate as migrate
+
+_LATER = {"attach": "_attach", "detach": "_attach", "host": "_host", "migrate": "migration", "sites": "_sites"}
 
 
 def __getattr__(name: str) -> _Any:
-    """Imports what only few programs use when it is asked for."""
-    if name not in ("migrate", "migration"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Imports what not every program uses when it is asked for."""
     import importlib
 
-    migration = importlib.import_module(".migration", __name__)
-    found = globals()[name] = migration if name == "migration" else migration.migrate
+    if name == "migration":
+        return importlib.import_module(".migration", __name__)
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "migrate", "migration"})
+    return sorted({*globals(), *_LATER, "migration"})
