@@ -20,7 +20,7 @@ Loss: TypeAlias = Callable[[Any], jax.Array]
 """Of the parameters."""
 
 BATCH, SIZE, CLASSES = 2, 64, 1000
-ROUNDS = 9
+ROUNDS = 11
 _CAPTION = (
     "make_jaxpr of the gradient: median of CPU time of the thread in milliseconds, on empty caches, ± half the\n"
     "distance between the quartiles, and the ratio to the plain model (median of the ratios within each round).\n"

@@ -18,7 +18,7 @@ MODELS: tuple[Layer, ...] = ("dense", "transformer", "residual")
 TRACED = 3
 COMPILED: dict[Layer, int] = {"dense": 3, "transformer": 1, "residual": 2}  # rounds; a transformer takes seconds
 STAGES = ("trace", "lower", "compile", "step", "eager call", "eager grad")
-STEPS, CALLS = 20, 60
+STEPS, CALLS, SLOW_CALLS = 20, 60, 6
 _CAPTION = (
     f"Gradient of {DEPTH} wrapped calls; eager: one wrapped call. Medians in milliseconds, ± half the distance\n"
     "between the quartiles, and the ratio to the plain model (median of the ratios within each round).\n"
@@ -56,7 +56,7 @@ def eager(framework: str, layer: Layer) -> tuple[Samples, Samples]:
     one: dict[Variant, Case] = {variant: build(framework, layer, variant) for variant in variants(framework)}
     calls: dict[Variant, Callable[[], float]] = {each: functools.partial(_call, case) for each, case in one.items()}
     grads: dict[Variant, Callable[[], float]] = {each: functools.partial(_grad, case) for each, case in one.items()}
-    rounds = CALLS if layer == "dense" else CALLS // 4
+    rounds = CALLS if layer == "dense" else SLOW_CALLS
     return interleaved(calls, rounds), interleaved(grads, rounds)
 
 

@@ -14,6 +14,9 @@ from benchmarks.cases import Variant
 Samples: TypeAlias = Mapping[Variant, list[float]]
 """Seconds of each turn, by variant."""
 
+_PIECE = 128  # about as many frames of `_deeper` as a piece of the stack holds
+_STEP = 47  # through all depths, far apart from turn to turn
+
 wall = time.perf_counter
 # Tracing is one thread's work; its own clock leaves out what else the machine does.
 own_thread = time.thread_time
@@ -42,14 +45,23 @@ def settled() -> Iterator[None]:
 
 
 def interleaved(runs: Mapping[Variant, Callable[[], float]], rounds: int, warm: bool = True) -> Samples:
-    """Takes turns; the first turn, in which things are imported and compiled, does not count if `warm`."""
+    """Takes turns; the first turn, in which things are imported and compiled, does not count if `warm`.
+
+    Each turn runs at another depth of Python's stack. That comes in pieces of 16 KiB, and a loop of calls that stands
+    just at the end of one gets a new piece from the system, and gives it back, at every call: of a trace, that may be a
+    fifth of the time, or nothing, by the number of frames around it.
+    """
     found: dict[Variant, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + warm):
         for name, run in runs.items():
-            one = run()
+            one = _deeper(turn * _STEP % _PIECE, run)
             if turn >= warm:
                 found[name].append(one)
     return found
+
+
+def _deeper(frames: int, run: Callable[[], float]) -> float:
+    return _deeper(frames - 1, run) if frames else run()
 
 
 def ratio(samples: Samples, of: Variant, to: Variant) -> float:
