@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 
 from crossvjp._arrays import ArrayType
 from crossvjp._programs import is_closed, program_of, same_program
@@ -71,6 +72,13 @@ def test_what_is_traced_again_is_the_same(function):
     assert one is not other
     assert is_closed(one)
     assert same_program(one, other)
+
+
+@pytest.mark.parametrize("function", SAME.values(), ids=SAME)
+def test_a_jax_that_traces_in_another_way_gives_the_same_programs(function, monkeypatch):
+    one = traced(function)
+    monkeypatch.delattr(partial_eval, "trace_to_jaxpr_dynamic")  # an upgrade without it fails here: tracing is slower
+    assert same_program(one, traced(function))
 
 
 DIFFERENT = {
