@@ -5,8 +5,8 @@ module, its transpose, what is kept between the passes) is the same for all call
 made once, and `jax.jit` keeps it with the program. Only what the module computes is traced each time, and compared:
 so whatever a module reads of its surroundings is seen, and its names, counters and state are its own. The rule is
 not run again if it stands on a module that is configured like the one before, since rules are pure as all functions
-are that JAX transforms; where no more is known of the module, as in Haiku, or the function is another one, what the
-rule computes is traced and compared, too.
+are that JAX transforms; where no more is known of the module, as in Haiku of one whose rule may look at names, or the
+function is another one, what the rule computes is traced and compared, too.
 """
 
 from __future__ import annotations
