@@ -68,7 +68,7 @@ class OpenedModule:
         """Gives the same without the live variables: the module's attributes, bound to empty scopes."""
         empty = [Scope({}, name=scope.name) for scope in self.scopes]
         handle = empty[0] if isinstance(self.handle, Scope) else self.rebuild(empty)
-        return OpenedModule(handle, empty, self.state, self.fields, self.is_alone)
+        return dataclasses.replace(self, handle=handle, scopes=empty)
 
     def names_of(self, rebuilt: Any) -> Any:
         """Reads off a copy of the module where it stopped counting the names of its children."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -14,7 +13,8 @@ from rich.table import Table
 
 import crossvjp as cv
 from benchmarks.cases import Variant
-from benchmarks.timing import Samples, interleaved, own_thread, seconds, settled, shown
+from benchmarks.compiled import cost_of
+from benchmarks.timing import Samples, interleaved, settled, shown, tracing
 
 Loss: TypeAlias = Callable[[Any], jax.Array]
 """Of the parameters."""
@@ -56,7 +56,7 @@ def traces() -> Samples:
     """Times traces of the gradients, which take turns."""
     models, params = losses()
     runs: dict[Variant, Callable[[], float]] = {
-        variant: functools.partial(_trace, loss, params) for variant, loss in models.items()
+        variant: functools.partial(tracing, jax.grad(loss), params) for variant, loss in models.items()
     }
     with settled():
         return interleaved(runs, ROUNDS)
@@ -65,13 +65,7 @@ def traces() -> Samples:
 def flops() -> dict[Variant, float]:
     """Counts the flops of the compiled gradients."""
     models, params = losses()
-    counted: dict[Variant, float] = {}
-    for variant, loss in models.items():
-        analysis = jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()
-        if analysis is None:
-            raise RuntimeError(f"XLA does not say what a program costs on {jax.default_backend()}.")
-        counted[variant] = analysis["flops"]
-    return counted
+    return {variant: cost_of(jax.grad(loss), (params,)).flops for variant, loss in models.items()}
 
 
 def table(samples: Samples, counted: Mapping[Variant, float]) -> Table:
@@ -82,9 +76,3 @@ def table(samples: Samples, counted: Mapping[Variant, float]) -> Table:
     for variant, number in counted.items():
         made.add_row(variant, shown(samples, variant, "plain"), f"{number / 1e6:.2f}M")
     return made
-
-
-def _trace(loss: Loss, params: Any) -> float:
-    jax.clear_caches()  # else JAX gives the last round's result
-    gc.collect()
-    return seconds(lambda: jax.make_jaxpr(jax.grad(loss))(params), own_thread)[0]

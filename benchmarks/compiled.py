@@ -81,7 +81,11 @@ _CAPTION = (
 @functools.cache
 def cost(framework: str, layer: Layer, variant: Variant, program: str, depth: int = 1) -> Cost:
     """Compiles one program of one variant."""
-    function, arguments = PROGRAMS[program](build(framework, layer, variant, depth))
+    return cost_of(*PROGRAMS[program](build(framework, layer, variant, depth)))
+
+
+def cost_of(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Cost:
+    """Compiles a function of some arguments."""
     compiled = jax.jit(function).lower(*arguments).compile()
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     if analysis is None or memory is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import cProfile
 import functools
-import gc
 import math
 import statistics
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ import jax
 from rich.table import Table
 
 from benchmarks.cases import FRAMEWORKS, TITLES, Case, Layer, Variant, build, variants
-from benchmarks.timing import Samples, interleaved, own_thread, seconds, settled, shown
+from benchmarks.timing import Samples, interleaved, settled, shown, tracing
 
 FEW, FROM = 8, 16  # the fit starts at FROM
 MARKED = 48
@@ -111,7 +110,4 @@ def _make_jaxpr(case: Case, arguments: tuple[Any, ...]) -> Any:
 
 
 def _trace(case: Case) -> float:
-    arguments = case.arguments
-    jax.clear_caches()  # else JAX gives the last round's result
-    gc.collect()
-    return seconds(lambda: _make_jaxpr(case, arguments), own_thread)[0]
+    return tracing(jax.grad(case.loss, has_aux=True), *case.arguments)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import jax
+
 from benchmarks.cases import Variant
 
 Samples: TypeAlias = Mapping[Variant, list[float]]
@@ -31,6 +33,13 @@ def seconds(run: Callable[[], Any], clock: Callable[[], float]) -> tuple[float, 
         return clock() - start, result
     finally:
         gc.enable()
+
+
+def tracing(function: Callable[..., Any], *arguments: Any) -> float:
+    """Times one trace of a function, on empty caches."""
+    jax.clear_caches()  # else JAX gives the last round's result
+    gc.collect()
+    return seconds(lambda: jax.make_jaxpr(function)(*arguments), own_thread)[0]
 
 
 @contextlib.contextmanager

@@ -22,13 +22,13 @@ from ._errors import CotangentError as CotangentError
 from ._errors import CrossVJPError as CrossVJPError
 from ._errors import HandleError as HandleError
 from ._errors import MigrationError as MigrationError
+from ._function_rule import rule as rule
 from ._highway import Highway as Highway
 from ._plain import CustomVJP as CustomVJP
 from ._pullback import Pullback as Pullback
 from ._registry import register_adapter as register_adapter
 from ._residuals import Residuals as Residuals
 from ._rule import Rule as Rule
-from ._rule import rule as rule
 from ._rule import static as static
 from ._vjp import variables as variables
 from ._vjp import vjp as vjp

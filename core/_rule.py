@@ -204,60 +204,6 @@ class Rule(abc.ABC):
         return repr(layout.fill(Printed(ArrayType.of(array)) for array in arrays))
 
 
-@overload
-def rule(
-    backward: Callable[..., Any],
-    *,
-    linear: bool = True,
-    exact: bool = False,
-    symbolic_zeros: bool = True,
-    pure: bool = True,
-    reads_names: bool = True,
-) -> Rule: ...
-@overload
-def rule(
-    *,
-    linear: bool = True,
-    exact: bool = False,
-    symbolic_zeros: bool = True,
-    pure: bool = True,
-    reads_names: bool = True,
-) -> Callable[[Callable[..., Any]], Rule]: ...
-def rule(
-    backward: Callable[..., Any] | None = None,
-    *,
-    linear: bool = True,
-    exact: bool = False,
-    symbolic_zeros: bool = True,
-    pure: bool = True,
-    reads_names: bool = True,
-) -> Any:
-    """Makes a rule without fields of a function `backward(call, y_bar)`.
-
-    Args:
-        backward: as `Rule.backward`.
-        linear: as `Rule.linear`.
-        exact: as `Rule.exact`.
-        symbolic_zeros: as `Rule.symbolic_zeros`.
-        pure: as `Rule.pure`.
-        reads_names: as `Rule.reads_names`.
-
-    Returns:
-        The rule; without `backward`, a decorator that makes it.
-
-    Example:
-        >>> @rule(linear=False)
-        ... def sign_gradient(call, y_bar):
-        ...     bar = call.pullback(y_bar)
-        ...     return bar.replace(variables=jax.tree.map(jax.numpy.sign, bar.variables))
-        >>> float(jax.grad(sign_gradient.lift(lambda w, x: w * x))(jax.numpy.array(3.0), 5.0))
-        1.0
-    """
-    if backward is None:
-        return lambda backward: FunctionRule(backward, linear, exact, symbolic_zeros, pure, reads_names)
-    return FunctionRule(backward, linear, exact, symbolic_zeros, pure, reads_names)
-
-
 def _is_plain(mdl: Any) -> bool:
     """Says whether a callable is a function of inputs alone, and not a module's."""
     return not isinstance(mdl, types.MethodType) and not is_handle(mdl)
@@ -293,26 +239,3 @@ def _unflattener(cls: type[Rule]) -> Callable[[Any, Any], Rule]:
         return self
 
     return unflatten
-
-
-class FunctionRule(Rule):
-    """A rule that is one function."""
-
-    function: Callable[..., Any] = static()
-    linear: bool = static(default=True)
-    exact: bool = static(default=False)
-    symbolic_zeros: bool = static(default=True)
-    pure: bool = static(default=True)
-    reads_names: bool = static(default=True)
-
-    def backward(self, call: Call, y_bar: Any) -> Any:
-        """Calls the function."""
-        return self.function(call, y_bar)
-
-    @property
-    def own_backward(self) -> Callable[..., Any]:
-        """The function, whose parameters say what it asks for."""
-        return self.function
-
-    def __repr__(self) -> str:
-        return getattr(self.function, "__name__", repr(self.function))

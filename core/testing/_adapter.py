@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from .._cotangents import Cotangents
 from .._custom_vjp import custom_vjp
 from .._errors import ArgumentError, CotangentError, CrossVJPError, HandleError
+from .._function_rule import rule
 from .._registry import adapter_of
-from .._rule import rule
 from .._vjp import variables as snapshot
 from .._vjp import vjp
 from ._compare import assert_same_bits

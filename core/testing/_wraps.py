@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._custom_vjp import custom_vjp
-from .._rule import rule
+from .._function_rule import rule
 from .._vjp import vjp
 from ._subject import Subject
 from ._transforms import Loss, inexact_and_others
