@@ -51,6 +51,7 @@ def rule(
         The rule; without `backward`, a decorator that makes it.
 
     Example:
+        >>> import jax
         >>> @rule(linear=False)
         ... def sign_gradient(call, y_bar):
         ...     bar = call.pullback(y_bar)
