@@ -72,7 +72,7 @@ class ArrayType:
         if leaf.dtype == jax.dtypes.float0:
             return ArrayType(tuple(leaf.shape), leaf.dtype)
         aval = jax.typeof(leaf)  # its dtype is what JAX makes of NumPy's float64
-        return ArrayType(tuple(leaf.shape), aval.dtype, is_ref(leaf), aval)
+        return ArrayType(aval.shape, aval.dtype, is_ref(leaf), aval)
 
     def __str__(self) -> str:
         array = f"{np.dtype(self.dtype).name if not self._is_extended else self.dtype}{list(self.shape)}"

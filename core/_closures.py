@@ -137,6 +137,8 @@ class Closures:
         return make
 
     def _tree(self, value: Any, name: str) -> Make | None:
+        if value is None:
+            return None
         leaves, treedef = jax.tree.flatten(value, is_leaf=is_reference)
         self.modules += [name for leaf in leaves if is_reference(leaf) and id(leaf) not in self._opened]
         if not any(isinstance(leaf, (Tracer, *_CALLABLES)) for leaf in leaves):

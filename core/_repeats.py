@@ -17,9 +17,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
-from jax.core import Tracer
 
-from ._arrays import ArrayType, is_ref
+from ._arrays import ArrayType
 from ._behaviour import Behaviour, Primals, is_coming, run_alone
 from ._closures import name_of
 from ._programs import is_closed, program_of, same_program
@@ -46,12 +45,13 @@ def shared(session: Session, behaviour: Behaviour, groups: Sequence[Sequence[Any
         The outcome; `None` if the call has to be made by itself.
     """
     arrays = [array for group in groups for array in group]
-    if is_coming() or not _in_program(arrays) or any(map(is_ref, arrays)):
+    types = list(map(ArrayType.of, arrays))
+    if is_coming() or any(type_.is_ref for type_ in types):
         return None
-    kind = _kind(session, behaviour, arrays)
+    kind = _kind(session, behaviour, types)
     if kind is None or kind.misses > kind.hits + _SPARE_MISSES:
         return None
-    traced = _Traced.of(session, behaviour, groups, kind)
+    traced = _Traced.of(session, behaviour, groups, types, kind)
     found = None if traced is None else next((known for known in kind.known if traced.is_like(known)), None)
     if traced is None or (found is None and kind.known):
         kind.misses += 1
@@ -88,7 +88,13 @@ class _Traced:
     run: Run | None = None
 
     @staticmethod
-    def of(session: Session, behaviour: Behaviour, groups: Sequence[Sequence[Any]], kind: _Kind) -> _Traced | None:
+    def of(
+        session: Session,
+        behaviour: Behaviour,
+        groups: Sequence[Sequence[Any]],
+        types: Sequence[ArrayType],
+        kind: _Kind,
+    ) -> _Traced | None:
         """Traces it; `None` where that does not work, or a program does more than return its results."""
         own, _, *others = groups
         cell: list[Outcome] = []
@@ -103,7 +109,7 @@ class _Traced:
             return [*outcome.arrays, *outcome.updates, *(results or ())]
 
         try:
-            program = program_of(run, [ArrayType.of(array) for group in (own, *others) for array in group])
+            program = program_of(run, types)
         except Exception:  # the call itself shows what is wrong
             return None
         if not cell or not is_closed(program):
@@ -121,13 +127,13 @@ class _Traced:
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.kinds: list[tuple[Any, dict[Hashable, _Kind | None]]] = []
+        self.kinds: list[tuple[Any, dict[Hashable, _Kind]]] = []
 
 
 _thread = _Thread()
 
 
-def _kinds() -> dict[Hashable, _Kind | None]:
+def _kinds() -> dict[Hashable, _Kind]:
     """Gives those of the current trace."""
     state = trace_state()
     for known, kinds in reversed(_thread.kinds):
@@ -137,26 +143,25 @@ def _kinds() -> dict[Hashable, _Kind | None]:
     return _thread.kinds[-1][1]
 
 
-def _kind(session: Session, behaviour: Behaviour, arrays: Sequence[Any]) -> _Kind | None:
+def _kind(session: Session, behaviour: Behaviour, types: Sequence[ArrayType]) -> _Kind | None:
     """Finds a call's kind; `None` for a first call, since many calls have no second."""
     if behaviour.key is None:
         return None
-    types = tuple(map(jax.typeof, arrays))
+    avals = tuple(type_.aval for type_ in types)
     module = session.module_key(names=behaviour.reads_names)
-    configured = None if module is None else (behaviour.key, types, session.key, module)
-    computing = (behaviour.key, types, session.inputs.key) if behaviour.can_be_compared else None
+    configured = None if module is None else (behaviour.key, avals, session.key, module)
+    computing = (behaviour.key, avals, session.inputs.key) if behaviour.can_be_compared else None
     kinds = _kinds()
     for key, compares_backward in ((configured, False), (computing, True)):
         if key is None:
             continue
         try:
-            known = key in kinds
+            known = kinds.get(key)
         except TypeError:  # something in it has no hash
             continue
-        if known:
-            found = kinds[key] = kinds[key] or _Kind(compares_backward, compares_backward or behaviour.reads_names)
-            return found
-        kinds[key] = None
+        if known is not None:
+            return known
+        kinds[key] = _Kind(compares_backward, compares_backward or behaviour.reads_names)
     return None
 
 
@@ -167,18 +172,3 @@ def _as_program(call: Run, lengths: Sequence[int], name: str) -> Run:
 
     flat.__name__ = name
     return jax.jit(flat)
-
-
-def _in_program(arrays: Sequence[Any]) -> bool:
-    """Says whether a call becomes part of a program, as under `jax.jit`, and is not computed at once."""
-    return any(map(_is_staged, arrays))
-
-
-def _is_staged(array: Any) -> bool:
-    # What `jax.grad` and `jax.vmap` hand over stands for a value of the trace around them.
-    while isinstance(array, Tracer):
-        inner = getattr(array, "primal", getattr(array, "val", None))
-        if not hasattr(inner, "dtype"):
-            return True
-        array = inner
-    return False

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import jax
+from jax.core import Tracer
 
 
 def trace_state() -> Any:
     """Names the trace that runs now."""
     return _get_state()(convention="flax")
+
+
+def in_program(arrays: Iterable[Any]) -> bool:
+    """Says whether a call of these becomes part of a program, as under `jax.jit`, and is not computed at once."""
+    return any(map(_is_staged, arrays))
+
+
+def within_program() -> contextlib.AbstractContextManager[Any]:
+    """A context in which functions under `jax.jit` are traced as where JAX runs a part of a program again.
+
+    There the mesh is set, to an empty one if it was not set, and `jax.jit` takes that for another case: without this
+    context, it would trace what a layer consists of once outside, and once more in the passes of a call.
+    """
+    return jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh())
 
 
 def at_once() -> bool:
@@ -34,3 +52,19 @@ def _outside() -> Any:
     thread.start()
     thread.join()
     return cell[0]
+
+
+def _is_staged(array: Any) -> bool:
+    # What `jax.grad` and `jax.vmap` hand over stands for a value of the trace around them.
+    while isinstance(array, Tracer):
+        array = _inner(array)
+        if not hasattr(array, "dtype"):
+            return True
+    return False
+
+
+def _inner(tracer: Tracer) -> Any:
+    for name in ("primal", "val"):
+        if (inner := getattr(tracer, name, None)) is not None:
+            return inner
+    return None

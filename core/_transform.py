@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +20,7 @@ from ._inputs import Handle, Inputs
 from ._one_call import Functions, OneCall
 from ._repeats import shared
 from ._session import Outcome, Session
-from ._traces import at_once
+from ._traces import at_once, in_program, within_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +75,9 @@ def call_inside(
     closed = functions.closures.take()
     closed += guards_of_modules(session, functions.closures, functions.around, closed)
     groups = (list(behaviour.arrays), closed, session.variables, session.context, session.inputs.arrays)
-    with hint_at_what_is_not_found(session.fn):
-        alone = closed or optimize_remat
+    staged = in_program(itertools.chain(*groups))
+    with hint_at_what_is_not_found(session.fn), within_program() if staged else contextlib.nullcontext():
+        alone = closed or optimize_remat or not staged
         outcome = None if alone else shared(functions.around(session, []), behaviour, groups, call)
         if outcome is None:
             out, updates = call(*groups)

@@ -18,7 +18,7 @@ from flax import nnx
 from helpers import is_coming
 
 import crossvjp as cv
-from crossvjp import _repeats, rules
+from crossvjp import _repeats, _transform, rules
 from crossvjp.testing import assert_close
 
 pytestmark = pytest.mark.skipif(is_coming(), reason="with JAX's coming custom_vjp each call is traced by itself")
@@ -154,7 +154,7 @@ def alone(monkeypatch) -> Callable[[Callable[[], Any]], Any]:
 
     def run(function):
         with monkeypatch.context() as patched:
-            patched.setattr(_repeats, "_in_program", lambda arrays: False)
+            patched.setattr(_transform, "in_program", lambda arrays: False)
             jax.clear_caches()
             return function()
 
@@ -175,6 +175,24 @@ def test_the_second_call_and_all_after_it_are_one_program(stack, use, request):
     else:
         assert len(found) == DEPTH - 1
         assert len(set(found)) == 1
+
+
+def test_functions_under_jit_are_traced_once_for_all_passes_of_all_calls():
+    """Where JAX runs a part of a program again, it would take them for others than outside."""
+    traced = []
+
+    @jax.jit
+    def product(w, x):
+        traced.append(w)
+        return x @ w
+
+    def loss(params, x):
+        for w in params:
+            x = under(doubled)(jax.tree_util.Partial(product, w), x)
+        return jnp.sum(x)
+
+    jax.make_jaxpr(jax.grad(loss))([weights(index) for index in range(DEPTH)], some_input())
+    assert len(traced) == 1
 
 
 AROUND = {
