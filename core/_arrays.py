@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -51,7 +52,13 @@ def is_ref(leaf: Any) -> bool:
 
 def is_inexact(leaf: Any) -> bool:
     """Says whether a leaf has a gradient: a floating or complex array, NumPy's bfloat16 among them."""
-    return is_array(leaf) and not is_ref(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return is_array(leaf) and not is_ref(leaf) and has_gradient(leaf.dtype)
+
+
+@functools.cache
+def has_gradient(dtype: Any) -> bool:
+    """Says whether arrays of a dtype have a gradient: those of floating and complex numbers."""
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +92,7 @@ class ArrayType:
     @property
     def is_inexact(self) -> bool:
         """Says whether an array of this type has a gradient."""
-        return not self.is_ref and bool(jnp.issubdtype(self.dtype, jnp.inexact))
+        return not self.is_ref and has_gradient(self.dtype)
 
 
 class Printed:

@@ -151,7 +151,8 @@ class Inputs:
         return self._by_keyword
 
     def _add(self, name: str, arg: Any, placeholders: dict[int, _Held], is_array: Callable[[Any], bool]) -> Input:
-        leaves, treedef = jax.tree.flatten(arg, is_leaf=lambda leaf: id(leaf) in placeholders)
+        is_leaf = (lambda leaf: id(leaf) in placeholders) if placeholders else None
+        leaves, treedef = jax.tree.flatten(arg, is_leaf=is_leaf)
         start = len(self.arrays)
         self.arrays += [leaf for leaf in leaves if is_array(leaf)]
         statics = tuple(None if is_array(leaf) else Static(placeholders.get(id(leaf), leaf)) for leaf in leaves)
@@ -222,6 +223,8 @@ def check_nondiff(nondiff_argnums: Sequence[int] | int, count: int, fn: Callable
         ArgumentError: a position is the module's, or past the last argument, or no integer.
     """
     numbers = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else tuple(nondiff_argnums)
+    if not numbers:
+        return frozenset()
     name = getattr(fn, "__name__", repr(fn))
     for number in numbers:
         if not isinstance(number, int) or isinstance(number, bool):

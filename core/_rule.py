@@ -195,8 +195,7 @@ class Rule(abc.ABC):
 
     def data_fields(self) -> list[str]:
         """Lists the names of the fields that may hold arrays."""
-        fields: Any = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]  made a dataclass
-        return [field.name for field in fields if not _is_static(field)]
+        return list(_names(type(self))[0])
 
     def described(self) -> str:
         """Gives the rule as errors print it, with types in the places of arrays."""
@@ -217,25 +216,31 @@ def _is_static(field: dataclasses.Field[Any]) -> bool:
     return bool(field.metadata.get("static", False))
 
 
+@functools.cache
+def _names(cls: type[Rule]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Lists the names of the fields that may hold arrays, and those of the others."""
+    fields: Any = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]  made a dataclass
+    data, statics = (tuple(field.name for field in fields if _is_static(field) is kind) for kind in (False, True))
+    return data, statics
+
+
 def _flatten_with_keys(the_rule: Any) -> tuple[tuple[tuple[Any, Any], ...], Any]:
-    fields = dataclasses.fields(the_rule)
-    key = jax.tree_util.GetAttrKey
-    data = tuple((key(field.name), getattr(the_rule, field.name)) for field in fields if not _is_static(field))
-    return data, tuple(Static(getattr(the_rule, field.name)) for field in fields if _is_static(field))
+    data, statics = _flatten(the_rule)
+    keys = map(jax.tree_util.GetAttrKey, _names(type(the_rule))[0])
+    return tuple(zip(keys, data, strict=True)), statics
 
 
 def _flatten(the_rule: Any) -> tuple[tuple[Any, ...], Any]:
-    data, statics = _flatten_with_keys(the_rule)
-    return tuple(value for _, value in data), statics
+    data, statics = _names(type(the_rule))
+    return tuple(getattr(the_rule, name) for name in data), tuple(Static(getattr(the_rule, name)) for name in statics)
 
 
 def _unflattener(cls: type[Rule]) -> Callable[[Any, Any], Rule]:
     def unflatten(statics: Any, data: Any) -> Rule:
         self = object.__new__(cls)  # without the constructor: its checks are for users' values, not for tracers
-        rest_static, rest_data = iter(statics), iter(data)
-        for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]  made a dataclass above
-            value = next(rest_static).value if _is_static(field) else next(rest_data)
-            object.__setattr__(self, field.name, value)
+        for names, values in zip(_names(cls), (data, [static.value for static in statics]), strict=True):
+            for name, value in zip(names, values, strict=True):
+                object.__setattr__(self, name, value)
         return self
 
     return unflatten

@@ -57,14 +57,13 @@ def _outside() -> Any:
 def _is_staged(array: Any) -> bool:
     # What `jax.grad` and `jax.vmap` hand over stands for a value of the trace around them.
     while isinstance(array, Tracer):
-        array = _inner(array)
+        name = _name_of_inner(type(array))
+        array = None if name is None else getattr(array, name)
         if not hasattr(array, "dtype"):
             return True
     return False
 
 
-def _inner(tracer: Tracer) -> Any:
-    for name in ("primal", "val"):
-        if (inner := getattr(tracer, name, None)) is not None:
-            return inner
-    return None
+@functools.cache
+def _name_of_inner(kind: type) -> str | None:
+    return next((name for name in ("primal", "val") if hasattr(kind, name)), None)
