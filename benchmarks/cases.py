@@ -62,6 +62,11 @@ class Case:
         """What `apply` is called with: parameters, rest and a batch of inputs."""
         return self.params, self.rest, some_input(self.layer)
 
+    @property
+    def gradient(self) -> Callable[..., tuple[Any, Any]]:
+        """That of the loss, with the new rest."""
+        return jax.grad(self.loss, has_aux=True)
+
     def loss(self, params: Any, rest: Any, x: Any) -> tuple[Any, Any]:
         """Scores the output; the new rest goes along."""
         y, new_rest = self.apply(params, rest, x)

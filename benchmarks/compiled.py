@@ -29,7 +29,7 @@ class Cost:
 
 def grad(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The gradient of the loss with respect to the parameters."""
-    return jax.grad(case.loss, has_aux=True), case.arguments
+    return case.gradient, case.arguments
 
 
 def value_and_grad(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -7,7 +7,6 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 from rich.table import Table
@@ -51,7 +50,8 @@ def traces(framework: str, layer: Layer) -> dict[int, Samples]:
     found = {}
     for depth, rounds in ROUNDS[layer].items():
         runs: dict[Variant, Callable[[], float]] = {
-            variant: functools.partial(_trace, case) for variant, case in cases[depth].items()
+            variant: functools.partial(tracing, case.gradient, *case.arguments)
+            for variant, case in cases[depth].items()
         }
         with settled():
             found[depth] = interleaved(runs, rounds, warm=depth <= FROM)  # later ones meet nothing new
@@ -62,11 +62,11 @@ def function_calls(framework: str, layer: Layer, variant: Variant, depth: int) -
     """Counts the function calls that tracing the gradient makes."""
     case = build(framework, layer, variant, depth)
     if depth <= FROM:
-        _trace(case)  # the first trace imports modules, too
+        tracing(case.gradient, *case.arguments)  # the first trace imports modules, too
     arguments = case.arguments
     jax.clear_caches()
     profile = cProfile.Profile()
-    profile.runcall(_make_jaxpr, case, arguments)
+    profile.runcall(lambda: jax.make_jaxpr(case.gradient)(*arguments))
     return sum(entry.callcount for entry in profile.getstats())
 
 
@@ -103,11 +103,3 @@ def table(
             made.add_row(framework, variant, *cells)
         made.add_section()
     return made
-
-
-def _make_jaxpr(case: Case, arguments: tuple[Any, ...]) -> Any:
-    return jax.make_jaxpr(jax.grad(case.loss, has_aux=True))(*arguments)
-
-
-def _trace(case: Case) -> float:
-    return tracing(jax.grad(case.loss, has_aux=True), *case.arguments)

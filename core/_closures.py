@@ -137,7 +137,7 @@ class Closures:
         return make
 
     def _tree(self, value: Any, name: str) -> Make | None:
-        if value is None:
+        if value is None:  # the defaults of most functions, which need no search
             return None
         leaves, treedef = jax.tree.flatten(value, is_leaf=is_reference)
         self.modules += [name for leaf in leaves if is_reference(leaf) and id(leaf) not in self._opened]

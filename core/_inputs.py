@@ -151,6 +151,7 @@ class Inputs:
         return self._by_keyword
 
     def _add(self, name: str, arg: Any, placeholders: dict[int, _Held], is_array: Callable[[Any], bool]) -> Input:
+        # Every node would ask, and most calls have no modules among their arguments.
         is_leaf = (lambda leaf: id(leaf) in placeholders) if placeholders else None
         leaves, treedef = jax.tree.flatten(arg, is_leaf=is_leaf)
         start = len(self.arrays)

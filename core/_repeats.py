@@ -35,7 +35,7 @@ def shared(session: Session, behaviour: Behaviour, groups: Sequence[Sequence[Any
     """Makes a call by the program of equal ones that came before it in this trace.
 
     Args:
-        session: the call.
+        session: the call, which becomes part of a program itself.
         behaviour: its rule.
         groups: its arguments as `call` takes them: the rule's own arrays, values of closures (there are none),
             variables, context and inputs.

@@ -195,7 +195,7 @@ class Rule(abc.ABC):
 
     def data_fields(self) -> list[str]:
         """Lists the names of the fields that may hold arrays."""
-        return list(_names(type(self))[0])
+        return list(_field_names(type(self))[0])
 
     def described(self) -> str:
         """Gives the rule as errors print it, with types in the places of arrays."""
@@ -217,8 +217,11 @@ def _is_static(field: dataclasses.Field[Any]) -> bool:
 
 
 @functools.cache
-def _names(cls: type[Rule]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Lists the names of the fields that may hold arrays, and those of the others."""
+def _field_names(cls: type[Rule]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Lists the names of the fields that may hold arrays, and those of the others.
+
+    Kept by class: each call takes its rule apart, and dataclasses search their fields anew each time.
+    """
     fields: Any = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]  made a dataclass
     data, statics = (tuple(field.name for field in fields if _is_static(field) is kind) for kind in (False, True))
     return data, statics
@@ -226,19 +229,19 @@ def _names(cls: type[Rule]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _flatten_with_keys(the_rule: Any) -> tuple[tuple[tuple[Any, Any], ...], Any]:
     data, statics = _flatten(the_rule)
-    keys = map(jax.tree_util.GetAttrKey, _names(type(the_rule))[0])
+    keys = map(jax.tree_util.GetAttrKey, _field_names(type(the_rule))[0])
     return tuple(zip(keys, data, strict=True)), statics
 
 
 def _flatten(the_rule: Any) -> tuple[tuple[Any, ...], Any]:
-    data, statics = _names(type(the_rule))
+    data, statics = _field_names(type(the_rule))
     return tuple(getattr(the_rule, name) for name in data), tuple(Static(getattr(the_rule, name)) for name in statics)
 
 
 def _unflattener(cls: type[Rule]) -> Callable[[Any, Any], Rule]:
     def unflatten(statics: Any, data: Any) -> Rule:
         self = object.__new__(cls)  # without the constructor: its checks are for users' values, not for tracers
-        for names, values in zip(_names(cls), (data, [static.value for static in statics]), strict=True):
+        for names, values in zip(_field_names(cls), (data, [static.value for static in statics]), strict=True):
             for name, value in zip(names, values, strict=True):
                 object.__setattr__(self, name, value)
         return self

@@ -1,4 +1,4 @@
-"""Which trace of JAX runs now."""
+"""Which trace of JAX runs now, and whether what is called in it becomes part of a program."""
 
 from __future__ import annotations
 
@@ -66,4 +66,8 @@ def _is_staged(array: Any) -> bool:
 
 @functools.cache
 def _name_of_inner(kind: type) -> str | None:
+    """Names the attribute of a tracer that holds what it stands for.
+
+    Asked of its class, since a tracer that lacks an attribute looks for it in its type, too, which takes long.
+    """
     return next((name for name in ("primal", "val") if hasattr(kind, name)), None)

@@ -77,7 +77,7 @@ def call_inside(
     groups = (list(behaviour.arrays), closed, session.variables, session.context, session.inputs.arrays)
     staged = in_program(itertools.chain(*groups))
     with hint_at_what_is_not_found(session.fn), within_program() if staged else contextlib.nullcontext():
-        alone = closed or optimize_remat or not staged
+        alone = closed or optimize_remat or not staged  # a call that is computed at once would be compiled
         outcome = None if alone else shared(functions.around(session, []), behaviour, groups, call)
         if outcome is None:
             out, updates = call(*groups)

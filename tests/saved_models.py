@@ -65,7 +65,7 @@ class Tanh(nn.Module):
         return nn.Dense(3)(nn.tanh(nn.Dense(4)(x)))
 
 
-def HalfLinen() -> Any:  # noqa: N802  as the classes beside it
+def half_linen() -> Any:
     return nn.Sequential([nn.Dense(4, param_dtype=jnp.bfloat16), nn.relu, nn.Dense(3, param_dtype=jnp.bfloat16)])
 
 

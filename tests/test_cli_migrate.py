@@ -139,7 +139,7 @@ def test_bfloat16_becomes_float32_in_a_model_of_that_and_never_the_other_way_rou
     assert "Dtypes: bfloat16 before, float32 now." in capsys.readouterr().out
     kernel = files.read(wide)["a"]["kernel"]
     np.testing.assert_array_equal(kernel, np.asarray(half["mlp/~/linear_0"]["w"], np.float32))
-    assert command(wide, "Nnx", "HalfLinen", "--out", str(tmp_path / "lost.npz")) == 1
+    assert command(wide, "Nnx", "half_linen", "--out", str(tmp_path / "lost.npz")) == 1
     assert "is bfloat16, which does not hold the source's float32" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == [path.name, wide.name]
 

@@ -201,8 +201,11 @@ def test_by_hand_trees_and_symbolic_zeros_fail_under_remat_alone(coming, make, t
     if make is by_hand or transform not in UNDER_REMAT:
         assert_close(transform(make())(W, X), by_hand_today(transform))
         return
-    # This is why ours has one argument an array and, in this mode, no symbolic zeros, which JAX lacks there.
-    error, words = {of_one_tree: (ValueError, "safe_zip"), with_symbolic_zeros: (NotImplementedError, NO_WORDS)}[make]
+    # This is why ours has one argument an array and, in this mode, no symbolic zeros.
+    error, words = {
+        of_one_tree: (ValueError, "safe_zip"),
+        with_symbolic_zeros: (NotImplementedError, NO_WORDS),  # JAX's: its coming implementation lacks them under remat
+    }[make]
     with pytest.raises(error, match=words):
         transform(make())(W, X)
     with custom_vjp_of("today"):
@@ -219,7 +222,7 @@ def test_optimize_remat_works_but_for_vmap_and_second_order_in_the_coming_mode(m
     if mode == "today" or not lacks:
         assert_close(run(W, X), by_hand_today(TRANSFORMS[name]))
         return
-    with pytest.raises(NotImplementedError, match=f"{lacks}, .*OptRemat"):  # by JAX
+    with pytest.raises(NotImplementedError, match=f"{lacks}, .*OptRemat"):  # JAX's: OptRemat is its own
         run(W, X)
 
 
@@ -265,7 +268,7 @@ def test_jvp_and_linearize_raise_by_hand_and_under_a_rule(mode, make):
     with pytest.raises(TypeError, match="can't apply forward-mode autodiff"):
         jax.jvp(make(), (W, X), (W, X))
     words = {"today": "can't apply forward-mode autodiff", "coming": "must implement `lin` and `linearized`"}[mode]
-    with pytest.raises((TypeError, NotImplementedError), match=words):  # the second by JAX's coming implementation
+    with pytest.raises((TypeError, NotImplementedError), match=words):  # JAX's coming one raises the second
         jax.linearize(make(), W, X)[1](W, X)
 
 
@@ -346,7 +349,7 @@ def test_io_callbacks_inside_work_today_alone(mode, wrap, ordered):
         jax.effects_barrier()
         assert seen == [X.tolist()]
         return
-    with pytest.raises(NotImplementedError, match="Effects not supported"):  # by JAX
+    with pytest.raises(NotImplementedError, match="Effects not supported"):  # JAX's, of both rules alike
         rule(W, X)
 
 

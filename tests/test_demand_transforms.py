@@ -83,7 +83,8 @@ FORWARD_MODE = {
 @each_framework
 def test_row_18_forward_mode_through_a_rule_is_an_error_and_not_the_derivative_of_another_function(host, derivative):
     refused: Any = (TypeError, r"can't apply forward-mode autodiff \(jvp\) to a custom_vjp function")
-    if is_coming() and derivative is FORWARD_MODE["linearize"]:  # which JAX has not implemented there
+    if is_coming() and derivative is FORWARD_MODE["linearize"]:
+        # JAX's own refusal: its coming custom_vjp has no linearize.
         refused = (NotImplementedError, r"for linearize support, .* must implement `lin` and `linearized`")
     error, words = refused
     with pytest.raises(error, match=words):

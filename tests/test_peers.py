@@ -90,8 +90,7 @@ def test_linen_two_modules_in_one_call_raise(mode):
             return self.second(self.first(x))
 
     net = LinenNet(lambda self, x: linen(lambda mdl, x: mdl(x))(Pair(nn.Dense(3), nn.Dense(4)), x))
-    # By Flax: its own transform does not do what ours does.
-    with pytest.raises(NotImplementedError, match="Modules that include other Modules"):
+    with pytest.raises(NotImplementedError, match="Modules that include other Modules"):  # Flax's, not ours
         net.init(KEY, X)
 
 
